@@ -1,0 +1,64 @@
+"""marble: fine-tune any Diffusers text-to-image model on several rewards at once.
+
+Letters used throughout: N images in a batch, K rewards, G images per prompt (a group), T denoising steps,
+P trainable parameters, `A[n, k]` advantage, `alpha[k]` balance on the simplex.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from marble.advantages import group_advantages
+    from marble.balance import Balancer, min_norm_weights
+    from marble.config import Config
+    from marble.errors import MarbleError
+    from marble.evaluation import Evaluation, evaluate
+    from marble.gradients import reference_gradients
+    from marble.objectives import AffineLoss, nft_loss
+    from marble.policy import Policy
+    from marble.rewards import Reward
+    from marble.run import Run
+    from marble.training import train
+
+_HOMES = {
+    "AffineLoss": "marble.objectives",
+    "Balancer": "marble.balance",
+    "Config": "marble.config",
+    "Evaluation": "marble.evaluation",
+    "MarbleError": "marble.errors",
+    "Policy": "marble.policy",
+    "Reward": "marble.rewards",
+    "Run": "marble.run",
+    "evaluate": "marble.evaluation",
+    "group_advantages": "marble.advantages",
+    "min_norm_weights": "marble.balance",
+    "nft_loss": "marble.objectives",
+    "reference_gradients": "marble.gradients",
+    "train": "marble.training",
+}
+__all__ = [
+    "AffineLoss",
+    "Balancer",
+    "Config",
+    "Evaluation",
+    "MarbleError",
+    "Policy",
+    "Reward",
+    "Run",
+    "evaluate",
+    "group_advantages",
+    "min_norm_weights",
+    "nft_loss",
+    "reference_gradients",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home on first use, so that `import marble` stays quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'marble' has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(_HOMES[name]), name)
+    return value

@@ -1,0 +1,126 @@
+"""How a method turns per-reward advantages and gradients into the direction of one update.
+
+| method | advantage of an amortised update | at a refresh |
+|---|---|---|
+| `weighted-sum` | of the weighted sum of raw scores | never |
+| `uniform` | equal weights | only to learn the norms, if they are folded |
+| `marble` | smoothed min-norm weights, norms folded, spread matched | the same, from the refresh's gradients |
+| `published` | smoothed min-norm weights as they are | fresh weights on normalised gradients, rescaled |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marble.advantages import group_advantages, has_signal
+from marble.balance.balancer import Balancer
+from marble.config import Balance, Config
+from marble.rewards import RewardTable
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What an epoch's scores say, in advantages."""
+
+    per_reward: Tensor  # [N, K] float32, clipped by the objective later
+    weighted_sum: Tensor  # [N] float32, of the weighted sum of raw scores
+    applies: Tensor  # [N, K] bool
+    signal: Tensor  # [K] bool, see `has_signal`
+
+
+def signals_of(table: RewardTable, group_ids: Tensor, weights: Tensor, *, std: str) -> Signals:
+    """Advantages of every reward and of their weighted sum; a missing score adds nothing to the sum."""
+    total = (torch.where(table.applies, table.scores, 0.0) * weights).sum(dim=1, keepdim=True)
+    return Signals(
+        group_advantages(table.scores, group_ids, table.applies, std).float(),
+        group_advantages(total, group_ids, None, std)[:, 0].float(),
+        table.applies,
+        has_signal(table.scores, group_ids, table.applies),
+    )
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The direction of a refresh, and how many times it contains the advantage-free gradient."""
+
+    vector: Tensor  # [P]
+    const: float
+
+
+class Method:
+    """One of the methods above: asks for gradients when it wants them, and gives the update's direction."""
+
+    def __init__(self, config: Config) -> None:
+        """Set up from a checked configuration."""
+        self.settings: Balance = config.balance
+        self.amax = config.objective.amax
+        self.fold = self.settings.norms == "folded"
+        self.match = self.settings.advantage_scale == "match"
+        self.balancer: Balancer | None = None
+        if self.settings.method != "weighted-sum":
+            self.balancer = Balancer(
+                len(config.rewards),
+                refresh=self.settings.refresh,
+                decay=self.settings.decay,
+                finish=self.settings.finish,
+                updates=config.budget.updates,
+                solver="uniform" if self.settings.method == "uniform" else "min-norm",
+                fold=self.fold,
+            )
+
+    @property
+    def to_the_letter(self) -> bool:
+        """Whether a refresh applies the fresh weights to normalised gradients, as published."""
+        return not self.fold and not self.match and self.settings.method in ("marble", "published")
+
+    def due(self) -> bool:
+        """Whether the coming update wants every reward's gradient."""
+        return self.balancer is not None and self.balancer.due()
+
+    def combined(self, signals: Signals) -> Tensor:
+        """`[N]`: the one advantage that an amortised update uses."""
+        if self.balancer is None:
+            return self._matched(signals.weighted_sum.clamp(-self.amax, self.amax))
+        clipped = signals.per_reward.clamp(-self.amax, self.amax)
+        return self._matched(clipped @ self.balancer.coefficients.to(clipped))
+
+    def _matched(self, advantage: Tensor) -> Tensor:
+        return advantage * self._strength(advantage) if self.match else advantage
+
+    @staticmethod
+    def _strength(advantage: Tensor) -> Tensor:
+        """What brings the root mean square of the advantages that are not 0 to 1."""
+        some = advantage[advantage != 0]
+        return 1 / some.square().mean().sqrt().clamp_min(1e-6) if len(some) else advantage.new_tensor(1.0)
+
+    def step(self, rows: Tensor | None, signals: Signals) -> Direction | None:
+        """Advance by one update.
+
+        Args:
+            rows: `[K + 1, P]` gradients when `due()`: every reward's, then the advantage-free part's.
+            signals: of this epoch.
+
+        Returns:
+            The direction of a refresh; None when the update is to use `combined`.
+        """
+        if self.balancer is None:
+            return None
+        if rows is None:
+            self.balancer.step()
+            return None
+        own = rows[:-1].double()
+        self.balancer.step(own @ own.T, signals.signal)
+        if self.to_the_letter and self.balancer.solution is not None:
+            norms = own.norm(dim=1)
+            used = (norms > 0) & signals.signal
+            if used.any():
+                alpha = torch.where(used, self.balancer.solution.to(own), 0.0)
+                weights = alpha / alpha.sum().clamp_min(1e-12) / norms.clamp_min(1e-300) * norms[used].mean()
+                return Direction((weights @ own).to(rows.dtype), weights.sum().item())
+        weights = self.balancer.coefficients.to(rows)
+        clipped = signals.per_reward.clamp(-self.amax, self.amax)
+        strength = self._strength(clipped @ weights) if self.match else 1.0
+        return Direction(rows[-1] + strength * (weights @ (rows[:-1] - rows[-1])), 1.0)

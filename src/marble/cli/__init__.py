@@ -1,0 +1,59 @@
+"""The command line: one command a file, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from marble.errors import MarbleError, nearest
+
+COMMANDS = {
+    "demo": "fine-tune the embedded model on five rewards and write the report: minutes on a laptop",
+    "train": "fine-tune a model from a config",
+    "generate": "make images, with or without a LoRA",
+    "report": "make a run's report again",
+    "validate": "check a config without running it",
+    "list": "show the models, rewards, methods, objectives or prompt sources there are",
+    "mini": "make the embedded model from scratch (mini pretrain)",
+}
+"""Command → what it does. `marble.cli.NAME` holds its `run(argv) -> exit code`."""
+
+EXIT_USER_ERROR = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; a user's mistake is one message and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("marble-diffusion"))
+        return 0
+    name, rest = argv[0], argv[1:]
+    for library in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(library, "error")
+    try:
+        if name not in COMMANDS:
+            raise MarbleError(f'unknown command "{name}".{nearest(name, COMMANDS)} Known: {", ".join(COMMANDS)}')
+        return importlib.import_module(f"marble.cli.{name}").run(rest)
+    except MarbleError as error:
+        print(f"marble: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("marble: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return (
+        "marble: fine-tune text-to-image models on several rewards at once\n\n"
+        "usage: marble COMMAND …        marble COMMAND --help\n\n" + "\n".join(lines) + "\n\nexample: marble demo"
+    )

@@ -1,0 +1,37 @@
+"""`marble demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from marble.cli.train import _options, demo_config_path, start
+from marble.config import make_config, read_config
+
+USAGE = """usage: marble demo [--out DIR] [--json] [--section.setting VALUE …]
+
+Fine-tune the embedded model on five conflicting rewards and write the report.
+
+  --out DIR   the run folder, which must not exist yet; runs/demo (or runs/demo-2 …), if not given
+
+example: marble demo --out runs/first --seed 1"""
+
+
+def run(argv: list[str]) -> int:
+    """The command."""
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(USAGE)
+        return 0
+    from marble.cli.settings import override
+
+    options, rest = _options(argv)
+    config = make_config(override(read_config(demo_config_path()), rest))
+    out = Path(options["out"]) if "out" in options else _free_folder(Path("runs/demo"))
+    return start(config, out, as_json="json" in options)
+
+
+def _free_folder(path: Path) -> Path:
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -1,0 +1,57 @@
+"""`marble list`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+METHODS = {
+    "marble": "min-norm weights of per-reward gradients, norms folded in, advantage spread matched",
+    "published": "the same as its paper has it: weights applied to raw gradients between refreshes",
+    "uniform": "equal weights on per-reward advantages",
+    "weighted-sum": "one advantage of the weighted sum of raw scores, as PPO and GRPO pipelines do",
+}
+OBJECTIVES = {"nft": "DiffusionNFT: towards good samples and away from bad ones, relative to the old policy"}
+
+
+@dataclass
+class List:
+    """Show what can be named in a config.
+
+    example: marble list rewards
+    """
+
+    what: tyro.conf.Positional[Literal["models", "rewards", "methods", "objectives", "prompts"]]
+    json: bool = False
+    """print as JSON"""
+
+
+def run(argv: list[str]) -> int:
+    """The command."""
+    args = tyro.cli(List, args=argv, prog="marble list")
+    rows = _rows(args.what)
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        width = max(map(len, rows), default=0)
+        print("\n".join(f"{name:<{width}}  {about}" for name, about in rows.items()))
+    return 0
+
+
+def _rows(what: str) -> dict[str, str]:
+    from marble.registry import known
+
+    if what == "methods":
+        return METHODS
+    if what == "objectives":
+        return OBJECTIVES
+    kind = {"models": "model", "rewards": "reward", "prompts": "prompt source"}[what]
+    rows = {}
+    for name, point in known(kind).items():
+        target = point.load()
+        text = getattr(target, "about", "") or (target.__doc__ or "").strip()
+        rows[name] = text.splitlines()[0] if text else ""
+    return rows

@@ -1,0 +1,132 @@
+"""`marble train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from marble.config import Config, make_config, read_config
+from marble.errors import MarbleError
+
+USAGE = """usage: marble train [CONFIG] [--out DIR] [--resume RUN] [--json] [--section.setting VALUE …]
+
+Fine-tune a model on several rewards at once.
+
+  CONFIG         a YAML file; the demo's, if none is given
+  --out DIR      the run folder, which must not exist yet; runs/NAME by the config's name, if not given
+  --resume RUN   go on with an interrupted run from its newest checkpoint
+  --json         print the result as JSON
+
+examples: marble train my.yaml --out runs/mine --optimizer.lr 1e-4 --rewards.1.weight 2
+          marble train --resume runs/mine
+
+settings (N: number of the item in a list):
+"""
+
+
+def demo_config_path() -> Path:
+    """The packaged config of `marble demo`."""
+    from importlib.resources import files
+
+    return Path(str(files("marble"))) / "configs" / "demo.yaml"
+
+
+def run(argv: list[str]) -> int:
+    """The command."""
+    if any(argument in ("-h", "--help") for argument in argv):
+        from marble.cli.settings import describe_settings
+
+        print(USAGE + describe_settings())
+        return 0
+    from marble.cli.settings import override
+
+    options, rest = _options(argv)
+    path = Path(rest.pop(0)) if rest and not rest[0].startswith("--") else None
+    if "resume" in options:
+        if path is not None or rest or "out" in options:
+            raise MarbleError("--resume goes on with a run as it was configured: give no config, --out or settings")
+        return resume(Path(options["resume"]), as_json="json" in options)
+    source = path or demo_config_path()
+    config = make_config(override(read_config(source), rest), str(source) if path else "config")
+    out = Path(options.get("out") or Path("runs") / source.stem)
+    return start(config, out, as_json="json" in options)
+
+
+def start(config: Config, out: Path, *, as_json: bool = False) -> int:
+    """Check, then run a new run and say where everything lies."""
+    from marble.run import check_output
+
+    check_output(out)
+    return _go(config, out, resume=False, as_json=as_json)
+
+
+def resume(path: Path, *, as_json: bool = False) -> int:
+    """Go on with an existing run."""
+    from marble.run import Run
+
+    old = Run(path)
+    if "after" in old.evaluation():
+        raise MarbleError(f'"{path}" is finished; start a new run with --out, or look at {path / "report.html"}')
+    return _go(old.config, path, resume=True, as_json=as_json)
+
+
+def _go(config: Config, out: Path, *, resume: bool, as_json: bool) -> int:
+    from marble.cli.progress import ProgressDisplay
+    from marble.report import write_report
+    from marble.setup import check_config
+    from marble.training import train
+
+    check_config(config)
+    with ProgressDisplay(config) as display:
+        result = train(config, out, resume=resume, watch=display)
+    report = write_report(result)
+    evaluation = result.evaluation()
+    if as_json:
+        print(json.dumps({"run": str(out), "report": str(report), "gains": evaluation.get("gains")}))
+    elif "gains" in evaluation:
+        _print_gains(evaluation)
+        print(f"\nreport: {report}\nLoRA:   {out / 'lora'}")
+    else:
+        print(f"stopped early; what there is lies in {out}\ngo on with: marble train --resume {out}")
+    return 130 if display.interrupted else 0
+
+
+def _print_gains(evaluation: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="gains on held-out prompts", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("reward", "before", "after", "gain", "95% interval"):
+        table.add_column(heading, justify="left" if heading == "reward" else "right")
+    for name, gain in evaluation["gains"].items():
+        kind = "" if name in evaluation["training_rewards"] else " (held out)"
+        style = "green" if gain["low"] > 0 else "red" if gain["high"] < 0 else None
+        table.add_row(
+            name + kind,
+            f"{gain['before']:.4f}",
+            f"{gain['after']:.4f}",
+            f"{gain['gain']:+.4f}",
+            f"{gain['low']:+.4f} … {gain['high']:+.4f}",
+            style=style,
+        )
+    Console().print(table)
+
+
+def _options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Take `--out`, `--resume` and `--json` out of the arguments."""
+    options: dict[str, str] = {}
+    rest, arguments = [], list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        name, equals, value = argument.partition("=")
+        if name == "--json":
+            options["json"] = "yes"
+        elif name in ("--out", "--resume"):
+            if not equals:
+                if not arguments:
+                    raise MarbleError(f"{name}: expected a folder after it")
+                value = arguments.pop(0)
+            options[name[2:]] = value
+        else:
+            rest.append(argument)
+    return options, rest

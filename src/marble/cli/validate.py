@@ -1,0 +1,41 @@
+"""`marble validate`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass
+class Validate:
+    """Check a config whole: settings, names, files, prompts and rewards. Loads no model.
+
+    example: marble validate my.yaml
+    """
+
+    config: tyro.conf.Positional[Path]
+    """a YAML file"""
+    json: bool = False
+    """print the complete config, defaults included, as JSON"""
+
+
+def run(argv: list[str]) -> int:
+    """The command."""
+    args = tyro.cli(Validate, args=argv, prog="marble validate")
+    from marble.config import make_config, read_config
+    from marble.setup import check_config
+
+    config = make_config(read_config(args.config), str(args.config))
+    check_config(config)
+    if args.json:
+        print(json.dumps(config.model_dump(mode="json")))
+        return 0
+    images = config.rollout.prompts * config.rollout.group_size
+    print(
+        f"{args.config} is valid: {config.model.id}, {len(config.rewards)} rewards, {config.balance.method}, "
+        f"{images} images an epoch, {config.optimizer.updates_per_epoch} updates an epoch"
+    )
+    return 0

@@ -1,0 +1,258 @@
+"""The configuration: typed, checked as a whole before anything heavy is imported, complete when written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from marble.errors import MarbleError, nearest
+from marble.registry import check
+from marble.rules import check_rules
+
+SD3_LORA_TARGETS = [
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
+]
+"""The layers that DiffusionNFT and Flow-GRPO train in SD3.5."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class LoRA(_Section):
+    """The trained adapter."""
+
+    rank: int = Field(32, ge=1, description="rank of the two factors")
+    alpha: int = Field(64, ge=1, description="scale of the adapter, times 1/rank")
+    targets: list[str] = Field(SD3_LORA_TARGETS, min_length=1, description="endings of the layers' names")
+
+
+class Model(_Section):
+    """What is fine-tuned."""
+
+    id: str = Field("mini", description="hub id, folder of a Diffusers pipeline, or a registered model")
+    lora: LoRA = LoRA()
+    call: dict[str, Any] = Field({}, description="extra arguments of every call of the pipeline while training")
+
+
+class PromptSource(_Section):
+    """One source of prompts in the mixture."""
+
+    source: str = Field(description="registered name, .txt or .jsonl file, or package.module:function")
+    share: float = Field(1.0, gt=0, description="share of an epoch's prompts, relative to the other sources'")
+
+
+class RewardTerm(_Section):
+    """One training reward."""
+
+    reward: str = Field(description="registered name, or package.module:Class")
+    weight: float = Field(1.0, gt=0, description="weight in the weighted sum; balancing methods do not use it")
+
+
+class Rollout(_Section):
+    """How an epoch's images are sampled."""
+
+    prompts: int = Field(48, ge=1, description="prompts an epoch, over all sources")
+    group_size: int = Field(24, ge=2, description="images per prompt, G")
+    steps: int = Field(10, ge=2, description="denoising steps, T")
+    batch: int = Field(256, ge=1, description="images sampled in one call of the pipeline")
+
+
+class Decay(_Section):
+    """`min(slope · max(0, u − start), limit)` after u updates."""
+
+    start: int = Field(0, ge=0)
+    slope: float = Field(0.001, ge=0)
+    limit: float = Field(0.5, ge=0, lt=1)
+
+    def at(self, update: int) -> float:
+        """The decay after `update` updates."""
+        return min(self.slope * max(0, update - self.start), self.limit)
+
+
+class Objective(_Section):
+    """DiffusionNFT's loss and where it is taken."""
+
+    name: Literal["nft"] = "nft"
+    beta: float = Field(0.1, gt=0, description="distance of NFT's implicit policies from the old one")
+    amax: float = Field(5.0, gt=0, description="advantages are clipped to ± this")
+    kl: float = Field(1e-4, ge=0, description="weight of mean (v_theta − v_ref)²; 0 saves the reference's forward")
+    timesteps: int = Field(9, ge=1, description="of the sampler's steps (the last left out), trained per image")
+    std: Literal["batch", "group"] = Field("batch", description="whose standard deviation divides an advantage")
+    old: Decay = Decay()
+
+
+class Balance(_Section):
+    """How several rewards become one direction."""
+
+    method: Literal["marble", "published", "uniform", "weighted-sum"] = "marble"
+    refresh: int = Field(10, ge=1, description="updates from one exact solve to the next")
+    decay: float = Field(0.7, ge=0, lt=1, description="of the moving average of the weights")
+    finish: int = Field(0, ge=0, description="last updates at uniform weights")
+    advantage_scale: Literal["match", "published"] = Field(
+        "match", description="match: the combined advantage has unit spread; published: as it comes"
+    )
+    norms: Literal["folded", "raw"] = Field(
+        "folded", description="folded: amortised updates divide by each gradient's norm, as the solve did"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _presets(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("method") == "published":
+            return {"advantage_scale": "published", "norms": "raw", **values}
+        return values
+
+
+class Optimizer(_Section):
+    """AdamW on the adapter."""
+
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(1e-4, ge=0)
+    eps: float = Field(1e-8, gt=0)
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    updates_per_epoch: int = Field(1, ge=1, description="optimiser updates made from one epoch's images")
+    micro_batch: int = Field(64, ge=1, description="images in one forward and backward")
+
+
+class Budget(_Section):
+    """When to stop: at whichever comes first of those given."""
+
+    updates: int | None = Field(None, ge=1)
+    minutes: float | None = Field(
+        None, gt=0, description="of training, evaluation included; makes a run depend on speed"
+    )
+
+
+class Evaluation(_Section):
+    """Held-out prompts with fixed seeds, before, during and after."""
+
+    prompts: int = Field(48, ge=2, description="held-out prompts over all sources, in the training shares")
+    images: int = Field(4, ge=1, description="images per prompt")
+    steps: int = Field(40, ge=1, description="denoising steps")
+    every: int = Field(0, ge=0, description="updates between evaluations on the way; 0: only before and after")
+    track: float = Field(0.5, gt=0, le=1, description="share of the prompts used on the way")
+    early_stop: str | None = Field(None, description="name of a held-out reward that must not fall significantly")
+    patience: int = Field(2, ge=1, description="evaluations in a row below the start before stopping early")
+
+
+class Config(_Section):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    model: Model = Model()
+    prompts: list[PromptSource] = Field(min_length=1)
+    rewards: list[RewardTerm] = Field(min_length=1)
+    held_out_rewards: list[str] = Field([], description="evaluated, never trained on")
+    rollout: Rollout = Rollout()
+    objective: Objective = Objective()
+    balance: Balance = Balance()
+    optimizer: Optimizer = Optimizer()
+    ema: float = Field(0.9, ge=0, lt=1, description="limit of the decay of the exported average of the adapter")
+    budget: Budget = Budget(updates=300)
+    evaluation: Evaluation = Evaluation()
+    diagnose_every: int = Field(
+        7, ge=0, description="updates between measurements of the directions' cosines; 0: never"
+    )
+    checkpoint_every: int = Field(50, ge=1, description="updates between checkpoints")
+    keep_checkpoints: int = Field(3, ge=1, description="older ones are deleted")
+    threads: int | None = Field(None, ge=1, description="CPU threads; as torch chooses, if not given")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        check_rules(self)
+        return self
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping, unchecked.
+
+    Raises:
+        MarbleError: no such file, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise MarbleError(f'config "{path}" does not exist')
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise MarbleError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise MarbleError(f"{path} must be a mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def make_config(values: dict[str, Any], origin: str = "config") -> Config:
+    """Check a mapping whole.
+
+    Raises:
+        MarbleError: lists every error found, each with its field, the rule and the value.
+    """
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise MarbleError(f"{origin} is not valid:\n" + "\n".join(_lines(error))) from error
+    return config
+
+
+def check_names(config: Config) -> None:
+    """Check that every reward and prompt source named can be found, importing none of them.
+
+    Raises:
+        MarbleError: lists all that cannot.
+    """
+    problems = []
+    sources = [(f"prompts.{i}.source", "prompt source", p.source) for i, p in enumerate(config.prompts)]
+    rewards = [(f"rewards.{i}.reward", "reward", r.reward) for i, r in enumerate(config.rewards)]
+    kept = [(f"held_out_rewards.{i}", "reward", name) for i, name in enumerate(config.held_out_rewards)]
+    for where, kind, name in sources + rewards + kept:
+        if kind == "prompt source" and name.endswith((".txt", ".jsonl")):
+            if not Path(name).is_file():
+                problems.append(f'  {where}: prompt file "{name}" does not exist')
+            continue
+        try:
+            check(kind, name)
+        except MarbleError as error:
+            problems.append(f"  {where}: {error}")
+    if problems:
+        raise MarbleError("config is not valid:\n" + "\n".join(problems))
+
+
+def dump_config(config: Config) -> str:
+    """The complete configuration as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _lines(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "config"
+        if item["type"] == "extra_forbidden":
+            fields = _fields_at(item["loc"][:-1])
+            lines.append(
+                f"  {where}: unknown setting.{nearest(str(item['loc'][-1]), fields)} Known here: {', '.join(fields)}"
+            )
+        elif item["type"] == "value_error":
+            lines.append(f"  {item['msg'].removeprefix('Value error, ')}")
+        elif item["type"] == "missing":
+            lines.append(f"  {where}: is required")
+        else:
+            lines.append(f"  {where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+    return lines
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """The settings known in the section that an error's location points into."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, int) or part not in section.model_fields:
+            continue
+        annotation = section.model_fields[part].annotation
+        inner = getattr(annotation, "__args__", (annotation,))[0]
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            section = inner
+    return list(section.model_fields)

@@ -1,0 +1,115 @@
+"""Scores on held-out prompts with fixed seeds, and what changed between two models, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from marble.policy import Policy
+from marble.prompts import Record
+from marble.rewards import Reward, score_images
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of `M = prompts · seeds` images by K rewards, prompt after prompt."""
+
+    names: list[str]  # [K]
+    scores: Tensor  # [M, K] float64, NaN where a reward does not apply
+    prompts: list[str]  # one a group of images
+    images: Tensor  # [M, 3, H, W] uint8
+
+    @property
+    def per_prompt(self) -> np.ndarray:
+        """`[prompts, K]` mean scores, NaN where a reward does not apply."""
+        grouped = self.scores.view(len(self.prompts), -1, len(self.names))
+        return grouped.mean(dim=1).numpy()
+
+    def means(self) -> dict[str, float]:
+        """Mean score by reward, over the prompts that it judges."""
+        return {name: float(np.nanmean(self.per_prompt[:, k])) for k, name in enumerate(self.names)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the images; NaN becomes null."""
+        rows = [[None if np.isnan(v) else round(v, 6) for v in row] for row in self.scores.tolist()]
+        return {"names": self.names, "prompts": self.prompts, "scores": rows, "means": self.means()}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What one reward gained from one evaluation to another, prompts paired."""
+
+    before: float
+    after: float
+    gain: float  # in the reward's own units
+    low: float  # 95% interval of the gain, bootstrapped over prompts
+    high: float
+    spread: float  # standard deviation of the first evaluation's scores, to express gains in
+
+
+def evaluate(
+    policy: Policy,
+    rewards: Sequence[Reward],
+    prompts: Sequence[Record],
+    *,
+    seeds: Sequence[int],
+    steps: int = 40,
+    adapter: str | None = "ema",
+    batch: int = 256,
+) -> Evaluation:
+    """Make images of `prompts` with the same `seeds` for each prompt, and score them.
+
+    Args:
+        policy: the model.
+        rewards: K rewards.
+        prompts: held-out prompts.
+        seeds: one image per prompt and seed; at least 2 for groupwise rewards to say anything.
+        steps: denoising steps.
+        adapter: which adapter to evaluate, None for the base model.
+        batch: images sampled in one call of the pipeline.
+    """
+    samples = policy.sample(
+        [p.text for p in prompts], list(seeds) * len(prompts), steps=steps, adapter=adapter, batch=batch
+    )
+    records = [record for record in prompts for _ in seeds]
+    groups = torch.arange(len(prompts)).repeat_interleave(len(seeds))
+    table = score_images(rewards, samples.images, records, groups)
+    pixels = (samples.images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Evaluation(table.names, table.scores, [p.text for p in prompts], pixels)
+
+
+def gains(before: Evaluation, after: Evaluation, *, resamples: int = 2000, seed: int = 0) -> dict[str, Gain]:
+    """Paired gains by reward, with percentile bootstrap intervals over prompts.
+
+    Prompts, not images, are resampled: images of one prompt are not independent of each other.
+
+    Raises:
+        ValueError: the two were not made with the same prompts and rewards.
+    """
+    if before.prompts != after.prompts or before.names != after.names:
+        raise ValueError("evaluations of different prompts or rewards cannot be paired")
+    rng = np.random.default_rng(seed)
+    out = {}
+    for k, name in enumerate(before.names):
+        first, second = before.per_prompt[:, k], after.per_prompt[:, k]
+        judged = ~np.isnan(first) & ~np.isnan(second)
+        difference = (second - first)[judged]
+        if not len(difference):
+            continue
+        drawn = difference[rng.integers(len(difference), size=(resamples, len(difference)))].mean(axis=1)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        spread = float(np.nanstd(before.scores[:, k].numpy()))
+        out[name] = Gain(
+            float(first[judged].mean()),
+            float(second[judged].mean()),
+            float(difference.mean()),
+            float(low),
+            float(high),
+            spread,
+        )
+    return out

@@ -1,0 +1,131 @@
+"""Held-out evaluation in the course of a run: before, on the way (with early stop), after; and the samples shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from marble.config import Config
+from marble.evaluation import Evaluation, evaluate, gains
+from marble.run import Run
+from marble.seeds import derive
+from marble.setup import Parts
+
+SHOWN_PROMPTS = 18
+SHOWN_IMAGES = 3
+
+
+class HeldOut:
+    """Evaluates a run's model on the same prompts and seeds every time."""
+
+    def __init__(self, run: Run, config: Config, parts: Parts) -> None:
+        """Set up; nothing is evaluated yet."""
+        self.run, self.config, self.parts = run, config, parts
+        self.rewards = [*parts.rewards, *parts.held_out_rewards]
+        self.seeds = [derive(0, "evaluation", i) % 2**32 for i in range(config.evaluation.images)]
+        self.tracked = max(2, round(config.evaluation.track * len(parts.held_out_prompts)))
+        self.start: Evaluation | None = None
+        self.strikes = 0
+        self.best: dict[str, Tensor] | None = None
+
+    def _evaluate(self, count: int, adapter: str | None) -> Evaluation:
+        settings = self.config.evaluation
+        prompts = self.parts.held_out_prompts[:count]
+        return evaluate(
+            self.parts.policy,
+            self.rewards,
+            prompts,
+            seeds=self.seeds,
+            steps=settings.steps,
+            adapter=adapter,
+            batch=self.config.rollout.batch,
+        )
+
+    def before(self) -> None:
+        """Evaluate the base model, unless an earlier part of this run has; log it as update 0."""
+        known = self.run.evaluation().get("before")
+        if known is not None:
+            self.start = _from_json(known)
+            return
+        self.start = self._evaluate(len(self.parts.held_out_prompts), None)
+        self._show(self.start, "before")
+        self.run.write_evaluation(self._content(self.start))
+        self.run.log({"update": 0, "held_out": self._first(self.start).means()})
+
+    def on_the_way(self) -> tuple[dict[str, float], bool]:
+        """Evaluate the average of the adapter so far on the tracked prompts.
+
+        Returns:
+            Mean score by reward; whether to stop, because the early-stop reward has been significantly below
+            its start for `patience` evaluations in a row (the exported average is then that before the fall).
+        """
+        now = self._evaluate(self.tracked, "ema")
+        name = self.config.evaluation.early_stop
+        if name is not None and self.start is not None:
+            fallen = gains(self._first(self.start), now)[name].high < 0
+            self.strikes = self.strikes + 1 if fallen else 0
+            if not fallen:
+                self.best = {key: value.clone() for key, value in self.parts.policy.adapter_state("ema").items()}
+        stop = self.strikes >= self.config.evaluation.patience
+        if stop and self.best is not None:
+            self.parts.policy.load_adapter_state("ema", self.best)
+        return now.means(), stop
+
+    def after(self) -> None:
+        """Export the LoRA, evaluate it on all held-out prompts, write `evaluation.json` and the samples."""
+        self.parts.policy.save_lora(self.run.path / "lora")
+        end = self._evaluate(len(self.parts.held_out_prompts), "ema")
+        self._show(end, "after")
+        assert self.start is not None
+        self.run.write_evaluation(self._content(self.start, end))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What early stopping remembers."""
+        return {"strikes": self.strikes, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.strikes, self.best = state["strikes"], state["best"]
+
+    def _first(self, whole: Evaluation) -> Evaluation:
+        each = len(self.seeds)
+        return Evaluation(
+            whole.names,
+            whole.scores[: self.tracked * each],
+            whole.prompts[: self.tracked],
+            whole.images[: self.tracked * each],
+        )
+
+    def _content(self, before: Evaluation, after: Evaluation | None = None) -> dict[str, Any]:
+        content: dict[str, Any] = {
+            "training_rewards": [reward.name for reward in self.parts.rewards],
+            "held_out_rewards": [reward.name for reward in self.parts.held_out_rewards],
+            "seeds": self.seeds,
+            "steps": self.config.evaluation.steps,
+            "sources": [record.source for record in self.parts.held_out_prompts],
+            "before": before.to_json(),
+        }
+        if after is not None:
+            content["after"] = after.to_json()
+            content["gains"] = {name: asdict(gain) for name, gain in gains(before, after).items()}
+        return content
+
+    def _show(self, evaluation: Evaluation, name: str) -> None:
+        """Write the first images of the first prompts as `samples/NAME/PPP_I.png`."""
+        folder = self.run.path / "samples" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        each = len(self.seeds)
+        for p in range(min(SHOWN_PROMPTS, len(evaluation.prompts))):
+            for i in range(min(SHOWN_IMAGES, each)):
+                pixels = evaluation.images[p * each + i].permute(1, 2, 0).numpy()
+                Image.fromarray(pixels).save(folder / f"{p:03d}_{i}.png")
+
+
+def _from_json(content: dict[str, Any]) -> Evaluation:
+    rows = [[float("nan") if v is None else v for v in row] for row in content["scores"]]
+    empty = torch.empty(len(rows), 3, 0, 0, dtype=torch.uint8)
+    return Evaluation(content["names"], torch.tensor(rows, dtype=torch.float64), content["prompts"], empty)

@@ -1,0 +1,211 @@
+"""The miniature world: what can be said about a picture, and what its captions are.
+
+A `World` holds every choice that another world could make differently: shapes, palette, alphabet,
+words, places. A `Spec` is what one caption fixes; what it leaves open (where things stand, how large,
+before which backdrop) is the renderer's to vary, and is where diversity lives.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+RGB = tuple[int, int, int]
+
+RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+COUNTS = {"two": 2, "three": 3, "four": 4}
+SIZES = ("small", "large")
+
+KINDS = ("place", "attribute", "position", "count", "word")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object as a caption names it."""
+
+    colour: str
+    shape: str
+    size: str = ""  # "", "small" or "large"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a caption fixes. `kind` says which of the other fields are used."""
+
+    kind: str
+    things: tuple[Thing, ...] = ()  # one entry per object to draw
+    relation: str = ""  # of the first thing to the second
+    word: str = ""
+    colour: str = ""  # of the word
+    place: str = ""
+    time: str = ""
+    extra: str = ""
+
+    @property
+    def caption(self) -> str:
+        """The caption in the world's grammar."""
+        if self.kind == "place":
+            tail = f" with {self.extra}" if self.extra else ""
+            return f"a {self.place} at {self.time}{tail}"
+        if self.kind == "word":
+            return f'the word "{self.word}" in {self.colour}'
+        if self.kind == "count":
+            number = {value: name for name, value in COUNTS.items()}.get(len(self.things), str(len(self.things)))
+            return f"{number} {self.things[0].colour} {self.things[0].shape}s"
+        named = [" ".join(filter(None, ("a", t.size, t.colour, t.shape))) for t in self.things]
+        return f" {self.relation} ".join(named)
+
+
+@dataclass(frozen=True)
+class World:
+    """All parameters of one world. Frozen with `version`: a change is a new version, its numbers made again."""
+
+    name: str
+    version: int
+    shapes: tuple[str, ...]
+    palette: dict[str, RGB] = field(hash=False)
+    backdrops: tuple[tuple[RGB, RGB], ...]  # muted (top, bottom) colours behind objects and words
+    letters: str
+    words: tuple[str, ...]
+    held_out_words: tuple[str, ...]
+    places: tuple[str, ...]
+    times: tuple[str, ...]
+    extras: tuple[str, ...]
+    size: int = 64  # pixels, both ways
+    letter_scale: int = 3  # pixels per dot of the 5×7 font
+    letter_gap: int = 3  # pixels between letters
+
+    @property
+    def word_length(self) -> int:
+        """Letters per word; every word of a world has the same."""
+        return len(self.words[0])
+
+    @property
+    def letter_pitch(self) -> int:
+        """Pixels from the left edge of a letter to that of the next."""
+        return 5 * self.letter_scale + self.letter_gap
+
+    @cached_property
+    def grammar_words(self) -> tuple[str, ...]:
+        """Every word that a caption can contain, the words to render left out: the tokenizer's whole tokens."""
+        plurals = [shape + "s" for shape in self.shapes]
+        fixed = ["a", "the", "word", "in", "at", "with", "left", "right", "of", "above", "below"]
+        pools = (fixed, SIZES, COUNTS, self.palette, self.shapes, plurals, self.places, self.times, self.extras)
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(pools)))
+
+    @cached_property
+    def pools(self) -> dict[str, list[Spec]]:
+        """Every spec that there is, by kind, in a fixed order; words for training only."""
+        return {
+            "place": self.place_specs(),
+            "attribute": self.attribute_specs(),
+            "position": self.position_specs(),
+            "count": self.count_specs(),
+            "word": self.word_specs(),
+        }
+
+    # ---- the prompts that there are, in a fixed order -------------------------------------------------
+
+    def place_specs(self) -> list[Spec]:
+        """Every plain scene."""
+        return [
+            Spec("place", place=p, time=t, extra=e)
+            for p, t, e in itertools.product(self.places, self.times, ("", *self.extras))
+        ]
+
+    def attribute_specs(self) -> list[Spec]:
+        """Every single object, with and without a size."""
+        pool = itertools.product(("", *SIZES), self.palette, self.shapes)
+        return [Spec("attribute", (Thing(c, s, size),)) for size, c, s in pool]
+
+    def count_specs(self) -> list[Spec]:
+        """Two to four alike objects."""
+        pool = itertools.product(COUNTS.values(), self.palette, self.shapes)
+        return [Spec("count", (Thing(c, s),) * n) for n, c, s in pool]
+
+    def position_specs(self) -> list[Spec]:
+        """Two objects that differ in colour and shape, in every relation."""
+        kinds = list(itertools.product(self.palette, self.shapes))
+        pairs = [(a, b) for a, b in itertools.permutations(kinds, 2) if a[0] != b[0] and a[1] != b[1]]
+        return [Spec("position", (Thing(*a), Thing(*b)), relation=r) for a, b in pairs for r in RELATIONS]
+
+    def word_specs(self, words: tuple[str, ...] | None = None) -> list[Spec]:
+        """The given words (those for training, if none are given) in every colour."""
+        pool = itertools.product(self.words if words is None else words, self.palette)
+        return [Spec("word", word=w, colour=c) for w, c in pool]
+
+    # ---- near misses ----------------------------------------------------------------------------------
+
+    def confuse(self, spec: Spec, rng: np.random.Generator) -> Spec:
+        """A spec one mistake away from `spec`: another colour, shape, count, side, letter, place or time."""
+
+        def other(pool: tuple[str, ...], but: str) -> str:
+            rest = [item for item in pool if item != but]
+            return rest[rng.integers(len(rest))]
+
+        colours = tuple(self.palette)
+        if spec.kind == "place":
+            part = rng.choice(["place", "time", "extra"])
+            if part == "place":
+                return replace(spec, place=other(self.places, spec.place))
+            if part == "time":
+                return replace(spec, time=other(self.times, spec.time))
+            return replace(spec, extra=other(("", *self.extras), spec.extra))
+        if spec.kind == "word":
+            if rng.random() < 0.2:
+                return replace(spec, colour=other(colours, spec.colour))
+            at = int(rng.integers(len(spec.word)))
+            letter = other(tuple(self.letters), spec.word[at])
+            return replace(spec, word=spec.word[:at] + letter + spec.word[at + 1 :])
+        if spec.kind == "count" and rng.random() < 0.5:
+            wrong = int(rng.choice([n for n in range(1, 6) if abs(n - len(spec.things)) == 1]))
+            return replace(spec, things=(spec.things[0],) * wrong)
+        if spec.kind == "position" and rng.random() < 0.5:
+            return replace(spec, relation=OPPOSITE[spec.relation])
+        things = list(spec.things)
+        which = range(len(things)) if spec.kind == "count" else [int(rng.integers(len(things)))]
+        old = things[which[0]]
+        if rng.random() < 0.5:
+            new = replace(old, colour=other(colours, old.colour))
+        else:
+            new = replace(old, shape=other(self.shapes, old.shape))
+        for at in which:
+            things[at] = new
+        return replace(spec, things=tuple(things))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+MINI = World(
+    name="mini",
+    version=1,
+    shapes=("circle", "square", "triangle", "cross"),
+    palette={
+        "red": (214, 45, 45),
+        "yellow": (245, 205, 50),
+        "green": (45, 165, 75),
+        "blue": (50, 90, 215),
+        "purple": (150, 65, 185),
+        "white": (245, 245, 240),
+    },
+    backdrops=(
+        ((96, 104, 118), (128, 134, 142)),
+        ((132, 118, 104), (108, 98, 92)),
+        ((88, 106, 104), (122, 134, 126)),
+        ((120, 106, 116), (92, 88, 102)),
+        ((76, 80, 92), (112, 110, 112)),
+    ),
+    letters="ACEHILNOPT",
+    words=_words("CAT HAT TEA PIT PIE ICE OIL LIP TOP POT CAP TAP NAP LAP HIP HOT LOT ACE APE EAT TIE TOE HIT ACT"),
+    held_out_words=_words("CAN PAN LIT NOT TIP COT PAL NIL OAT HOP TAN COP"),
+    places=("beach", "desert", "forest", "mountain", "meadow", "city"),
+    times=("noon", "sunset", "night"),
+    extras=("clouds", "birds"),
+)
+"""The world of the shipped model."""

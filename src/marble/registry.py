@@ -1,0 +1,48 @@
+"""Finds rewards, prompt sources and models by name: our own and other packages' alike, through entry points."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from marble.errors import MarbleError, nearest
+
+GROUPS = {"reward": "marble.rewards", "prompt source": "marble.prompts", "model": "marble.models"}
+"""What can be registered → the entry point group in which any package may register it."""
+
+
+def known(kind: str) -> dict[str, EntryPoint]:
+    """Name → entry point of everything registered of one of `GROUPS`, by name."""
+    return {point.name: point for point in sorted(entry_points(group=GROUPS[kind]), key=lambda p: p.name)}
+
+
+def check(kind: str, name: str) -> None:
+    """Raise unless `name` can be looked up, without importing what it stands for.
+
+    Raises:
+        MarbleError: `name` is neither registered nor of the form `package.module:attribute`.
+    """
+    if name in known(kind) or (":" in name and all(name.split(":", 1))):
+        return
+    raise MarbleError(
+        f'unknown {kind} "{name}".{nearest(name, known(kind))} Known: {", ".join(known(kind)) or "none"}; '
+        'or give your own as "package.module:attribute".'
+    )
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The object that `name` stands for: a registered name, or `package.module:attribute`.
+
+    Raises:
+        MarbleError: unknown name, or the module or attribute is not there.
+    """
+    check(kind, name)
+    registered = known(kind)
+    if name in registered:
+        return registered[name].load()
+    module_name, attribute = name.split(":", 1)
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise MarbleError(f'cannot load {kind} "{name}": {error}') from error

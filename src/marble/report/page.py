@@ -1,0 +1,228 @@
+"""Puts a run's figures, tables and pictures on one page. Nothing on it is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marble.report import figures
+from marble.run import Run
+from marble.storage import write_atomic
+
+_STYLE = """
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;background:#f6f6f8;margin:0}
+main{max-width:1020px;margin:0 auto;padding:28px 20px 60px}
+h1{font-size:27px;margin:0 0 4px} h2{font-size:18px;margin:0 0 4px}
+section{background:#fff;border:1px solid #e4e4ea;border-radius:10px;padding:18px 22px;margin-top:18px}
+p{margin:6px 0} .note{color:#666;font-size:13.5px} .lead{font-size:17px}
+table{border-collapse:collapse;font-size:14px}
+td,th{padding:4px 14px 4px 0;text-align:right;border-bottom:1px solid #eee}
+td:first-child,th:first-child{text-align:left} th{color:#666;font-weight:600}
+.up{color:#1c7c54;font-weight:600} .down{color:#b3261e;font-weight:600} .same{color:#777}
+.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:14px}
+.pair{border:1px solid #eee;border-radius:8px;padding:8px 10px}
+.pair b{display:block;font-size:13px;font-weight:600;margin-bottom:4px}
+.row{display:flex;gap:4px;align-items:center;margin-top:3px} .row span{width:44px;font-size:11.5px;color:#777}
+.row img{width:76px;height:76px;object-fit:cover;border-radius:3px;image-rendering:pixelated}
+svg{max-width:100%;height:auto}
+details summary{cursor:pointer;font-weight:600}
+pre{font-size:12.5px;overflow:auto;background:#f6f6f8;padding:10px;border-radius:6px}
+"""
+
+
+def write_report(run: Run) -> Path:
+    """Make `report.html` in the run's folder from what lies there, whatever there is of it; returns its path."""
+    rows, evaluation = run.metrics(), run.evaluation()
+    held_out = evaluation.get("held_out_rewards", [])
+    training = evaluation.get("training_rewards", [])
+    paint = figures.colours([*training, *held_out], held_out)
+    parts = [
+        _headline(run, rows, evaluation),
+        _gains(evaluation, paint),
+        _gallery(run, evaluation),
+        _curves(rows, paint, held_out),
+        _balance(rows, training, paint),
+        _conflict(rows, training),
+        _specialists(evaluation),
+        _about(run),
+    ]
+    title = f"marble: {escape(run.path.name)}"
+    body = "\n".join(part for part in parts if part)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>'
+        f"<body><main>{body}</main></body></html>\n"
+    )
+    path = run.path / "report.html"
+    write_atomic(path, page)
+    return path
+
+
+def _section(title: str, note: str, *content: str) -> str:
+    return f'<section><h2>{escape(title)}</h2><p class="note">{note}</p>{"".join(content)}</section>'
+
+
+def _verdict(gain: dict[str, float]) -> tuple[str, str]:
+    if gain["low"] > 0:
+        return "up", "up"
+    return ("down", "down") if gain["high"] < 0 else ("same", "no clear change")
+
+
+def _headline(run: Run, rows: list[dict[str, Any]], evaluation: dict[str, Any]) -> str:
+    updates = [row for row in rows if row["update"]]
+    method = run.config.balance.method
+    lines = [f"<h1>{escape(run.path.name)}</h1>"]
+    if updates:
+        last = updates[-1]
+        minutes = last["time"]["elapsed"] / 60
+        lines.append(
+            f'<p class="note">{escape(run.config.model.id)} · method {escape(method)} · {last["update"]} updates · '
+            f"{last['images']} images · {minutes:.1f} minutes</p>"
+        )
+    gains = evaluation.get("gains")
+    if gains:
+        training = [gains[name] for name in evaluation["training_rewards"] if name in gains]
+        kept = [(n, gains[n]) for n in evaluation["held_out_rewards"] if n in gains]
+        risen = sum(_verdict(gain)[0] == "up" for gain in training)
+        lines.append(
+            f'<p class="lead">{risen} of {len(training)} training rewards rose on held-out prompts '
+            f"(95% interval above 0). "
+            + " ".join(f"Never trained on: {escape(n)}, {_verdict(g)[1]}." for n, g in kept)
+            + "</p>"
+        )
+    else:
+        lines.append('<p class="lead">This run has not finished: no final evaluation yet.</p>')
+    return f"<header>{''.join(lines)}</header>"
+
+
+def _gains(evaluation: dict[str, Any], paint: dict[str, str]) -> str:
+    gains = evaluation.get("gains")
+    if not gains:
+        return ""
+    body = []
+    for name, gain in gains.items():
+        mark, word = _verdict(gain)
+        kind = "" if name in evaluation["training_rewards"] else " (held out)"
+        body.append(
+            f"<tr><td>{escape(name)}{kind}</td><td>{gain['before']:.4f}</td><td>{gain['after']:.4f}</td>"
+            f'<td class="{mark}">{gain["gain"]:+.4f}</td><td>{gain["low"]:+.4f} … {gain["high"]:+.4f}</td>'
+            f'<td class="{mark}">{word}</td></tr>'
+        )
+    table = (
+        "<table><tr><th>reward</th><th>before</th><th>after</th><th>gain</th><th>95% interval</th><th></th></tr>"
+        + "".join(body)
+        + "</table>"
+    )
+    count = len(evaluation["before"]["prompts"])
+    note = (
+        f"{count} held-out prompts, {len(evaluation['seeds'])} images each, the same seeds before and after; "
+        "intervals by bootstrap over prompts."
+    )
+    return _section("What was gained", note, figures.forest(gains, paint), table)
+
+
+def _gallery(run: Run, evaluation: dict[str, Any]) -> str:
+    before, after = run.path / "samples" / "before", run.path / "samples" / "after"
+    if not before.is_dir():
+        return ""
+    pairs = []
+    for p, prompt in enumerate(evaluation.get("before", {}).get("prompts", [])):
+        rows = [
+            _strip(label, sorted(folder.glob(f"{p:03d}_*.png")))
+            for label, folder in (("before", before), ("after", after))
+        ]
+        if any(rows):
+            pairs.append(f'<div class="pair"><b>{escape(prompt)}</b>{"".join(rows)}</div>')
+    return _section("Before and after", "The same prompts and seeds.", f'<div class="gallery">{"".join(pairs)}</div>')
+
+
+def _strip(label: str, paths: list[Path]) -> str:
+    images = "".join(
+        f'<img alt="" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">' for path in paths
+    )
+    return f'<div class="row"><span>{label}</span>{images}</div>' if images else ""
+
+
+def _curves(rows: list[dict[str, Any]], paint: dict[str, str], held_out: list[str]) -> str:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.get("held_out", {}).items():
+            if value == value:  # not NaN
+                points.setdefault(name, []).append((row["update"], value))
+    if not points or max(map(len, points.values())) < 2:
+        return ""
+    note = "Mean score on the held-out prompts that are followed during training; dotted, the base model."
+    return _section("On the way", note, figures.curves(points, paint, held_out))
+
+
+def _balance(rows: list[dict[str, Any]], training: list[str], paint: dict[str, str]) -> str:
+    with_alpha = [row for row in rows if "alpha" in row]
+    if not with_alpha:
+        return ""
+    updates = [row["update"] for row in with_alpha]
+    note = "Weight of each reward's normalised gradient, smoothed; dotted, equal weights."
+    alpha = np.array([row["alpha"] for row in with_alpha])
+    return _section("The balance", note, figures.weights(updates, alpha, training, paint))
+
+
+def _conflict(rows: list[dict[str, Any]], training: list[str]) -> str:
+    measured = [row for row in rows if "cosine/applied" in row]
+    if not measured:
+        return ""
+    updates = [row["update"] for row in measured]
+    head = "".join(f"<th>{escape(label)}</th>" for label, _ in figures.LINES.values())
+    body = ""
+    kinds = {"cosine_advantage": "advantage part", "cosine": "whole gradients"}
+    for kind, title in kinds.items():
+        cells = ""
+        for key in figures.LINES:
+            values = np.array([row[f"{kind}/{key}"] for row in measured])
+            cells += f"<td>{values.mean():+.2f}, negative in {100 * (values < 0).mean():.0f}%</td>"
+        body += f"<tr><td>{title}</td>{cells}</tr>"
+    matrix = np.mean([row["reward_cosines"] for row in measured], axis=0)
+    note = (
+        "Cosine of a direction with the gradient of the reward that it serves worst, on raw gradients before the "
+        "optimiser. Below 0 the step makes that reward worse. The advantage-free part is the loss's pull to the old "
+        "policy, which all rewards share."
+    )
+    return _section(
+        "How the rewards conflict",
+        note,
+        figures.cosines(updates, measured),
+        f"<table><tr><th>mean worst cosine</th>{head}</tr>{body}</table>",
+        '<p class="note">Mean cosine between the rewards\' own gradients (advantage part):</p>',
+        figures.agreement(matrix, training),
+    )
+
+
+def _specialists(evaluation: dict[str, Any]) -> str:
+    before = evaluation.get("before")
+    if not before:
+        return ""
+    scores = np.array([[np.nan if v is None else v for v in row] for row in before["scores"]], dtype=float)
+    each = len(evaluation["seeds"])
+    sources = [source for source in evaluation["sources"] for _ in range(each)]
+    spread = np.nanstd(scores, axis=0)
+    z = (scores - np.nanmean(scores, axis=0)) / np.where(spread > 0, spread, 1)
+    training = [before["names"].index(name) for name in evaluation["training_rewards"]]
+    speaks = np.abs(np.nan_to_num(z[:, training])) > 1
+    some = (speaks.any(axis=1) & ~speaks.all(axis=1)).mean()
+    note = (
+        "The base model's held-out samples, scored by every reward (z-scores; grey: the reward cannot judge it). "
+        f"{100 * some:.0f}% of the samples stand out (|z| > 1) for some training rewards only."
+    )
+    return _section("Specialist map", note, figures.specialist_map(scores, before["names"], sources))
+
+
+def _about(run: Run) -> str:
+    config = escape((run.path / "config.yaml").read_text(encoding="utf-8"))
+    environment = run.path / "environment.json"
+    machine = escape(environment.read_text(encoding="utf-8")) if environment.exists() else ""
+    return (
+        f"<section><details><summary>Configuration</summary><pre>{config}</pre></details>"
+        f"<details><summary>Environment</summary><pre>{machine}</pre></details></section>"
+    )

@@ -1,0 +1,100 @@
+"""The contract of a reward, and the table that several of them fill in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marble.errors import MarbleError
+from marble.prompts import Record
+from marble.registry import resolve
+
+
+class Reward:
+    """Base of all rewards: higher is better, the scale is the reward's own.
+
+    A subclass sets `name` and writes `score`; it overrides `applies` if it cannot judge every prompt.
+    Models are loaded on first use, not when the object is made.
+    """
+
+    name: str
+    groupwise: bool = False
+    """Whether `score` judges the images of one prompt together (it is then called once a group)."""
+    wants_floats: bool = False
+    """Images come as uint8 so that local and remote scores agree; set this to get floats in [0, 1]."""
+    about: str = ""
+    """One line for `marble list rewards`."""
+
+    def applies(self, record: Record) -> bool:
+        """Whether this reward can judge pictures of `record`. Where it cannot, the score is missing, not zero."""
+        return True
+
+    def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
+        """Judge pictures.
+
+        Args:
+            images: `[N, 3, H, W]`, uint8 (or float in [0, 1], see `wants_floats`).
+            records: `[N]`, the prompts they were made from; all apply.
+
+        Returns:
+            `[N]`, higher is better; NaN where a score could not be had.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """Scores of N images by K rewards; `scores` is NaN wherever `applies` is false."""
+
+    names: list[str]  # [K]
+    scores: Tensor  # [N, K] float64
+    applies: Tensor  # [N, K] bool
+
+
+def load_rewards(names: Sequence[str]) -> list[Reward]:
+    """Make the rewards of the given registered names or `package.module:Class` paths.
+
+    Raises:
+        MarbleError: a name is unknown, or two rewards call themselves the same.
+    """
+    rewards = []
+    for name in names:
+        reward = resolve("reward", name)
+        rewards.append(reward() if isinstance(reward, type) else reward)
+    own = [reward.name for reward in rewards]
+    if twice := sorted({name for name in own if own.count(name) > 1}):
+        raise MarbleError(f"rewards: {', '.join(twice)} given more than once")
+    return rewards
+
+
+def score_images(
+    rewards: Sequence[Reward], images: Tensor, records: Sequence[Record], group_ids: Tensor
+) -> RewardTable:
+    """Score a batch by every reward, each on the images it can judge.
+
+    Args:
+        rewards: K rewards.
+        images: `[N, 3, H, W]` float in [0, 1]; rounded to uint8 for rewards that do not ask for floats.
+        records: `[N]`, the image's prompt.
+        group_ids: `[N]` int64, images of one prompt share a number.
+
+    Returns:
+        The table, on the CPU.
+    """
+    as_bytes = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    scores = torch.full((len(images), len(rewards)), torch.nan, dtype=torch.float64)
+    for k, reward in enumerate(rewards):
+        judged = torch.tensor([reward.applies(record) for record in records], dtype=torch.bool)
+        pictures = images if reward.wants_floats else as_bytes
+        parts = [judged]
+        if reward.groupwise:
+            parts = [judged & (group_ids == g) for g in group_ids[judged].unique()]
+        for part in parts:
+            chosen = part.nonzero().flatten()
+            if len(chosen):
+                result = reward.score(pictures[chosen], [records[i] for i in chosen.tolist()])
+                scores[chosen, k] = result.detach().to("cpu", torch.float64)
+    return RewardTable([reward.name for reward in rewards], scores, ~scores.isnan())

@@ -1,0 +1,34 @@
+"""One epoch's images, sampled by the old policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from marble.policy import Policy, Samples
+from marble.prompts import PromptBatch
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The images of one `PromptBatch` with everything that training needs of them."""
+
+    batch: PromptBatch
+    samples: Samples
+
+    @property
+    def x0(self) -> Tensor:
+        """`[N, …]` clean latents."""
+        return self.samples.x0
+
+    @property
+    def images(self) -> Tensor:
+        """`[N, 3, H, W]` float in [0, 1]."""
+        return self.samples.images
+
+
+def collect(policy: Policy, batch: PromptBatch, *, steps: int, images_per_call: int, adapter: str = "old") -> Rollout:
+    """Sample every image of `batch`: the same seeds and weights give the same images."""
+    texts = [record.text for record in batch.prompts]
+    return Rollout(batch, policy.sample(texts, batch.seeds, steps=steps, adapter=adapter, batch=images_per_call))

@@ -1,0 +1,112 @@
+"""Builds everything that a run needs from its configuration, cheap checks first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from marble.balance.method import Method
+from marble.config import Config, check_names
+from marble.errors import MarbleError
+from marble.policy import Policy, model_path
+from marble.prompts import PromptMixture, Record, load_source
+from marble.prompts.batch import split_by_share
+from marble.rewards import Reward, load_rewards
+from marble.seeds import derive
+from marble.update import Updater
+
+
+@dataclass
+class Parts:
+    """A run's moving parts, and its fixed held-out prompts."""
+
+    policy: Policy
+    prompts: PromptMixture
+    rewards: list[Reward]
+    held_out_rewards: list[Reward]
+    method: Method
+    updater: Updater
+    held_out_prompts: list[Record]
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """`[K]` of the weighted sum."""
+        return self._weights
+
+    _weights: torch.Tensor
+
+
+def check_config(config: Config) -> None:
+    """All that can be found wrong without loading a model.
+
+    Raises:
+        MarbleError: names that cannot be found, a model that is not there, prompts or rewards that do not fit.
+    """
+    check_names(config)
+    model_path(config.model.id)
+    rewards = load_rewards([term.reward for term in config.rewards] + config.held_out_rewards)
+    stop = config.evaluation.early_stop
+    names = [reward.name for reward in rewards[len(config.rewards) :]]
+    if stop is not None and stop not in names:
+        raise MarbleError(f'evaluation.early_stop: "{stop}" is not a held-out reward; those are {names or "none"}')
+    train = [record for source in config.prompts for record in load_source(source.source, "train")]
+    check_applies(rewards, train)
+    held_out_prompts(config)
+
+
+def check_applies(rewards: Sequence[Reward], records: Sequence[Record]) -> None:
+    """Check that every reward can judge at least one prompt.
+
+    Raises:
+        MarbleError: names those that cannot.
+    """
+    idle = [reward.name for reward in rewards if not any(reward.applies(record) for record in records)]
+    if idle:
+        sources = sorted({record.source for record in records})
+        raise MarbleError(
+            f"rewards: {', '.join(idle)} applies to no prompt of {', '.join(sources)}; "
+            "leave the reward out or add prompts that it can judge"
+        )
+
+
+def held_out_prompts(config: Config) -> list[Record]:
+    """The evaluation's prompts: as many of each source as its share says, the sources in turn."""
+    counts = split_by_share([source.share for source in config.prompts], config.evaluation.prompts)
+    parts = []
+    for source, count in zip(config.prompts, counts, strict=True):
+        records = load_source(source.source, "held-out")
+        parts.append(list(dict.fromkeys(records))[:count])
+    longest = max(len(part) for part in parts)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def assemble(config: Config) -> Parts:
+    """Build everything; `check_config` first.
+
+    Raises:
+        MarbleError: the model cannot be loaded or has no layers for the LoRA.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    rewards = load_rewards([term.reward for term in config.rewards] + config.held_out_rewards)
+    count = len(config.rewards)
+    sources = [(load_source(source.source, "train"), source.share) for source in config.prompts]
+    policy = Policy.from_pretrained(config.model.id, call=config.model.call)
+    lora = config.model.lora
+    policy.add_adapters(
+        rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=derive(config.seed, "lora") % 2**32
+    )
+    return Parts(
+        policy=policy,
+        prompts=PromptMixture(
+            sources, prompts=config.rollout.prompts, group_size=config.rollout.group_size, seed=config.seed
+        ),
+        rewards=rewards[:count],
+        held_out_rewards=rewards[count:],
+        method=Method(config),
+        updater=Updater(policy, config),
+        held_out_prompts=held_out_prompts(config),
+        _weights=torch.tensor([term.weight for term in config.rewards], dtype=torch.float64),
+    )
