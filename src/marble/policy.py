@@ -84,7 +84,7 @@ class Policy:
         _no_progress_bars()
         try:
             pipe = DiffusionPipeline.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise MarbleError(f'model "{id_or_path}" could not be loaded: {first}') from error
         return cls(pipe.to(device), call)
@@ -274,8 +274,11 @@ def model_path(id_or_path: str) -> str:
         return str(resolve("model", id_or_path)())
     path = Path(id_or_path)
     if path.exists():
-        if not (path / "model_index.json").is_file():
+        index = path / "model_index.json"
+        if not index.is_file():
             raise MarbleError(f'model "{id_or_path}" is not a Diffusers pipeline: it has no model_index.json')
+        if '"_class_name"' not in index.read_text(encoding="utf-8", errors="replace"):
+            raise MarbleError(f'model "{id_or_path}" is not a Diffusers pipeline: its model_index.json names no class')
     elif id_or_path.startswith((".", "/", "~")) or id_or_path.count("/") != 1:
         names = ", ".join(known("model"))
         raise MarbleError(

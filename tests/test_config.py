@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from marble import MarbleError
+from marble.config import Config, Decay, check_names, dump_config, make_config, read_config
+
+DEMO = Path(__file__).parent.parent / "src" / "marble" / "configs" / "demo.yaml"
+
+
+@pytest.fixture()
+def demo():
+    return read_config(DEMO)
+
+
+def complaint(values):
+    with pytest.raises(MarbleError) as caught:
+        make_config(values)
+    return str(caught.value)
+
+
+def test_the_demo_config_is_valid_and_its_names_are_known(demo):
+    check_names(make_config(demo))
+
+
+def test_what_is_written_down_is_complete_and_reads_back_the_same(demo):
+    config = make_config(demo)
+    text = dump_config(config)
+    assert make_config(yaml.safe_load(text)) == config
+    assert "amax: 5.0" in text  # a default
+
+
+def test_all_errors_at_once_with_field_rule_and_value(demo):
+    demo["optimizer"]["lr"] = -1
+    demo["rollout"]["group_size"] = 1
+    demo["balance"] = {"refersh": 5}
+    text = complaint(demo)
+    assert "optimizer.lr: input should be greater than 0, got -1" in text
+    assert "rollout.group_size: input should be greater than or equal to 2, got 1" in text
+    assert 'balance.refersh: unknown setting. Did you mean "refresh"?' in text
+
+
+def test_misspelt_section_and_item_of_a_list(demo):
+    demo["rewads"] = []
+    demo["rewards"][0]["wieght"] = 2
+    text = complaint(demo)
+    assert 'rewads: unknown setting. Did you mean "rewards"?' in text
+    assert 'rewards.0.wieght: unknown setting. Did you mean "weight"?' in text
+
+
+def test_wrong_type(demo):
+    demo["rollout"]["steps"] = "many"
+    assert "rollout.steps" in complaint(demo)
+    assert "'many'" in complaint(demo)
+
+
+def test_no_rewards(demo):
+    demo["rewards"] = []
+    assert "rewards: list should have at least 1 item" in complaint(demo)
+    del demo["rewards"]
+    assert "rewards: is required" in complaint(demo)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("objective", {"timesteps": 9}, "use objective.timesteps = 5 or rollout.steps = 10"),
+        ("rollout", {"prompts": 2}, "use 3"),
+        ("optimizer", {"updates_per_epoch": 10_000}, "use 432"),
+        ("balance", {"finish": 200}, "less than budget.updates = 150"),
+        ("budget", {"updates": None}, "give updates, minutes or both"),
+        ("evaluation", {"early_stop": "diversity", "every": 0}, "needs evaluation.every > 0"),
+    ],
+)
+def test_rules_between_settings_name_the_nearest_values(demo, section, change, message):
+    demo[section] = {**demo.get(section, {}), **change}
+    assert message in complaint(demo)
+
+
+def test_a_reward_is_not_both_trained_on_and_held_out(demo):
+    demo["held_out_rewards"] = ["mini-text"]
+    demo["rewards"].append({"reward": "mini-aesthetic"})
+    text = complaint(demo)
+    assert '"mini-text" is also trained on' in text
+    assert '"mini-aesthetic" is given more than once' in text
+
+
+def test_unknown_names_are_found_without_importing(demo):
+    demo["rewards"][0]["reward"] = "mini-aestetic"
+    demo["prompts"][1]["source"] = "missing.txt"
+    with pytest.raises(MarbleError) as caught:
+        check_names(make_config(demo))
+    assert 'rewards.0.reward: unknown reward "mini-aestetic". Did you mean "mini-aesthetic"?' in str(caught.value)
+    assert 'prompts.1.source: prompt file "missing.txt" does not exist' in str(caught.value)
+
+
+def test_published_is_one_word(demo):
+    demo["balance"] = {"method": "published"}
+    balance = make_config(demo).balance
+    assert (balance.advantage_scale, balance.norms) == ("published", "raw")
+    demo["balance"] = {"method": "published", "norms": "folded"}  # either correction can still be put on top
+    assert make_config(demo).balance.norms == "folded"
+
+
+def test_files_that_are_no_configs(tmp_path):
+    with pytest.raises(MarbleError, match="does not exist"):
+        read_config(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(MarbleError, match="not valid YAML"):
+        read_config(broken)
+    broken.write_text("- 1")
+    with pytest.raises(MarbleError, match="must be a mapping"):
+        read_config(broken)
+
+
+def test_decay_schedules():
+    slow = Decay(slope=0.001, limit=0.5)
+    assert [slow.at(u) for u in (0, 100, 10_000)] == [0.0, 0.1, 0.5]
+    late = Decay(start=75, slope=0.0075, limit=0.999)
+    assert late.at(75) == 0
+    assert late.at(175) == pytest.approx(0.75)
+    assert Decay(slope=0.0).at(1000) == 0
+
+
+def test_defaults_are_the_published_settings():
+    config = Config.model_validate({"prompts": [{"source": "x"}], "rewards": [{"reward": "y"}]})
+    assert (config.objective.beta, config.objective.amax, config.objective.kl) == (0.1, 5.0, 1e-4)
+    assert (config.balance.refresh, config.balance.decay) == (10, 0.7)
+    assert (config.rollout.prompts, config.rollout.group_size, config.optimizer.lr) == (48, 24, 3e-4)
