@@ -22,7 +22,7 @@ def untrained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def rng():
     """A numpy generator, the same in every test."""
     import numpy as np

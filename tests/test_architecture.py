@@ -32,7 +32,9 @@ ROOMS = [
     ("cli",),
 ]
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem not in ("__init__", "__main__"))
+FILES = sorted(
+    path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem not in ("__init__", "__main__")
+)
 
 
 def room(path):
@@ -77,6 +79,11 @@ def test_the_training_loop_is_a_corridor():
 
 def test_no_pickle():
     for path in FILES:
-        names = {alias.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import) for alias in node.names}
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
         assert not names & {"pickle", "dill", "joblib", "shelve"}
         assert "torch.load(" not in path.read_text()

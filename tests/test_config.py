@@ -9,7 +9,7 @@ from marble.config import Config, Decay, check_names, dump_config, make_config, 
 DEMO = Path(__file__).parent.parent / "src" / "marble" / "configs" / "demo.yaml"
 
 
-@pytest.fixture()
+@pytest.fixture
 def demo():
     return read_config(DEMO)
 

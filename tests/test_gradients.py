@@ -4,13 +4,13 @@ import torch
 from marble import AffineLoss, nft_loss, reference_gradients
 
 
-@pytest.fixture()
+@pytest.fixture
 def network():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4)).double()
 
 
-@pytest.fixture()
+@pytest.fixture
 def loss(network):
     torch.manual_seed(1)
     x0, old, x = torch.randn(3, 6, 4, dtype=torch.float64)

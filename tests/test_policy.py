@@ -12,7 +12,7 @@ CALL = {"max_sequence_length": 12}
 TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.add_k_proj"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def policy(untrained):
     made = Policy.from_pretrained(str(untrained), call=CALL)
     made.add_adapters(rank=4, alpha=8, targets=TARGETS, seed=0)
@@ -114,7 +114,8 @@ torch.set_num_threads(1)
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(untrained)!r})
 pipe.load_lora_weights({str(tmp_path)!r})
-image = pipe({TEXTS[0]!r}, num_inference_steps=3, guidance_scale=1.0, generator=torch.Generator().manual_seed(7)).images[0]
+generator = torch.Generator().manual_seed(7)
+image = pipe({TEXTS[0]!r}, num_inference_steps=3, guidance_scale=1.0, generator=generator).images[0]
 image.save({str(tmp_path / "stock.png")!r})
 assert not any(name == "marble" or name.startswith("marble.") for name in sys.modules)
 """

@@ -24,10 +24,8 @@ def test_held_out_words_are_new_words_not_new_colours():
 
 def test_any_stretch_of_objects_holds_the_three_kinds_equally():
     records = load_source("mini-objects", "held-out")[:12]
-    kinds = ["relation" in r.targets, len(r.targets["objects"]) == 1 and r.targets["objects"][0]["count"] > 1]
     assert sum("relation" in r.targets for r in records) == 4
     assert sum(r.targets["objects"][0]["count"] > 1 for r in records) == 4
-    assert kinds
 
 
 def mixture(**changes):
@@ -68,7 +66,11 @@ def test_text_file(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("\n".join(["a cat", "", "a dog", "a cat", *(f"thing {i}" for i in range(10))]))
     train, held_out = load_source(str(path), "train"), load_source(str(path), "held-out")
-    assert {r.text for r in train} | {r.text for r in held_out} == {"a cat", "a dog", *(f"thing {i}" for i in range(10))}
+    assert {r.text for r in train} | {r.text for r in held_out} == {
+        "a cat",
+        "a dog",
+        *(f"thing {i}" for i in range(10)),
+    }
     assert not {r.text for r in train} & {r.text for r in held_out}
     assert train[0].source == "mine"
 

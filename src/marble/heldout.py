@@ -76,8 +76,7 @@ class HeldOut:
         return now.means(), stop
 
     def after(self) -> None:
-        """Export the LoRA, evaluate it on all held-out prompts, write `evaluation.json` and the samples."""
-        self.parts.policy.save_lora(self.run.path / "lora")
+        """Evaluate what is exported on all held-out prompts; write `evaluation.json` and the samples."""
         end = self._evaluate(len(self.parts.held_out_prompts), "ema")
         self._show(end, "after")
         assert self.start is not None

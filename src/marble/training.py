@@ -15,7 +15,7 @@ from marble.heldout import HeldOut
 from marble.objectives.visit import plan_epoch
 from marble.rewards import score_images
 from marble.rollout import collect
-from marble.run import Run
+from marble.run import Run, check_output
 from marble.setup import Parts, assemble, check_config
 from marble.step import make_update
 
@@ -30,24 +30,28 @@ def train(config: Config, out: Path, *, resume: bool = False, watch: Watcher = l
         config: a whole, checked configuration.
         out: the run folder; new, or with `resume` an existing run's.
         resume: go on from the newest checkpoint of `out`.
-        watch: called after every update; a true answer ends the run after the current epoch.
+        watch: called after every update; a true answer breaks the run off after the current epoch.
 
     Returns:
-        The run, with its LoRA exported and its evaluation written.
+        The run, with its LoRA exported and, unless it was broken off, its evaluation written.
 
     Raises:
         MarbleError: the configuration, model or folder will not do; nothing has been written then.
     """
     check_config(config)
-    run = Run(out) if resume else Run.create(out, config)
+    if resume:
+        Run(out)
+    else:
+        check_output(out)
     parts = assemble(config)
+    run = Run(out) if resume else Run.create(out, config)
     held_out = HeldOut(run, config, parts)
     state = run.load_checkpoint() if resume else None
     epoch, spent = _restore(parts, held_out, run, state)
     held_out.before()
-    start, stop = time.perf_counter() - spent, False
+    start, asked, fallen = time.perf_counter() - spent, False, False
 
-    while not stop and not _spent(config, parts, time.perf_counter() - start):
+    while not (asked or fallen) and not _spent(config, parts, time.perf_counter() - start):
         began = time.perf_counter()
         batch = parts.prompts.batch(epoch)
         rollout = collect(parts.policy, batch, steps=config.rollout.steps, images_per_call=config.rollout.batch)
@@ -65,7 +69,7 @@ def train(config: Config, out: Path, *, resume: bool = False, watch: Watcher = l
             epoch=epoch,
         )
         for visits in plan:
-            if config.budget.updates is not None and parts.updater.updates >= config.budget.updates:
+            if fallen or config.budget.updates == parts.updater.updates:
                 break
             metrics = make_update(config, parts, rollout, signals, visits)
             done = parts.updater.updates
@@ -77,15 +81,18 @@ def train(config: Config, out: Path, *, resume: bool = False, watch: Watcher = l
                 "elapsed": time.perf_counter() - start,
             }
             if config.evaluation.every and done % config.evaluation.every == 0:
-                metrics["held_out"], stop = held_out.on_the_way()
+                metrics["held_out"], fallen = held_out.on_the_way()
             run.log(metrics)
-            stop = watch(metrics) or stop
+            asked = watch(metrics) or asked
         parts.updater.end_epoch()
         epoch += 1
-        if stop or epoch * config.optimizer.updates_per_epoch % config.checkpoint_every < len(plan):
-            spent = time.perf_counter() - start
+        spent = time.perf_counter() - start
+        last = asked or fallen or _spent(config, parts, spent)
+        if last or parts.updater.updates % config.checkpoint_every < len(plan):
             run.save_checkpoint(parts.updater.updates, _state(parts, held_out, epoch, spent), config.keep_checkpoints)
-    held_out.after()
+    parts.policy.save_lora(run.path / "lora")
+    if not asked:
+        held_out.after()
     return run
 
 

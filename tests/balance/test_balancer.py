@@ -32,9 +32,7 @@ def test_scale_of_a_gradient_does_not_matter():
     scale = torch.tensor([1e-3, 1.0, 1e4], dtype=torch.float64)
     plain, scaled = Balancer(3), Balancer(3)
     matrix = gram(1)
-    torch.testing.assert_close(
-        plain.step(matrix), scaled.step(matrix * scale[:, None] * scale), atol=1e-9, rtol=0
-    )
+    torch.testing.assert_close(plain.step(matrix), scaled.step(matrix * scale[:, None] * scale), atol=1e-9, rtol=0)
 
 
 def test_reward_without_signal_keeps_its_weight_and_is_not_solved_for():

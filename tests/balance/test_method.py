@@ -19,7 +19,7 @@ def config(**balance):
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def table():
     torch.manual_seed(0)
     scores = torch.randn(IMAGES, REWARDS, dtype=torch.float64) * torch.tensor([0.02, 0.3, 1.0])
@@ -27,12 +27,12 @@ def table():
     return RewardTable(["a", "b", "c"], scores, ~scores.isnan())
 
 
-@pytest.fixture()
+@pytest.fixture
 def signals(table):
     return signals_of(table, torch.arange(4).repeat_interleave(3), torch.tensor([1.0, 2.0, 0.5]), std="group")
 
 
-@pytest.fixture()
+@pytest.fixture
 def rows(signals):
     """Gradients of a small network off-policy, every reward's and the advantage-free one's."""
     torch.manual_seed(1)

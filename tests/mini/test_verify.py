@@ -73,7 +73,8 @@ def test_a_wall_of_colour_is_not_a_square(finder):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "distance"), [("", "", 0), ("CAT", "CAT", 0), ("CAT", "", 3), ("CAT", "COT", 1), ("AT", "CAT", 1), ("TAC", "CAT", 2)]
+    ("a", "b", "distance"),
+    [("", "", 0), ("CAT", "CAT", 0), ("CAT", "", 3), ("CAT", "COT", 1), ("AT", "CAT", 1), ("TAC", "CAT", 2)],
 )
 def test_edit_distance(a, b, distance):
     assert edit_distance(a, b) == edit_distance(b, a) == distance

@@ -54,5 +54,5 @@ def test_grammar_words_are_single_tokens_and_words_are_spelled():
             assert tokenizer.tokenize(word) == [word + "</w>"]
     spelled = tokenizer.tokenize('the word "CAP" in red')
     assert spelled[2:7] == ['"</w>', "c", "a", "p</w>", '"</w>']
-    longest = max((len(tokenizer(s.caption).input_ids) for pool in MINI.pools.values() for s in pool))
+    longest = max(len(tokenizer(s.caption).input_ids) for pool in MINI.pools.values() for s in pool)
     assert longest <= 16

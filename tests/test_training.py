@@ -1,0 +1,165 @@
+"""The whole loop on tiny budgets, on the real embedded model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from marble import MarbleError, Run, train
+from marble.cli.train import demo_config_path
+from marble.config import make_config, read_config
+from marble.report import write_report
+
+
+def tiny(**sections):
+    values = read_config(demo_config_path())
+    values["rollout"] = {"prompts": 3, "group_size": 4, "steps": 4, "batch": 12}
+    values["objective"] |= {"timesteps": 2}
+    values["optimizer"] |= {"updates_per_epoch": 2, "micro_batch": 12}
+    values["budget"] = {"updates": 4}
+    values["evaluation"] = {"prompts": 6, "images": 2, "steps": 3, "every": 2, "track": 0.5}
+    values |= {"diagnose_every": 2, "checkpoint_every": 2, "threads": 1}
+    for name, change in sections.items():
+        values[name] = {**values[name], **change} if isinstance(change, dict) and name in values else change
+    return make_config(values)
+
+
+def weights(run):
+    return load_file(run.path / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def lines(run):
+    """The metrics without what a clock says."""
+    return [{k: v for k, v in row.items() if k not in ("time", "update_seconds")} for row in run.metrics()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return train(tiny(), tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_a_run_leaves_everything_behind(whole):
+    names = {path.name for path in whole.path.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "lora", "evaluation.json"} <= names
+    rows = whole.metrics()
+    assert [row["update"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["update"] for row in rows if "held_out" in row] == [0, 2, 4]
+    assert [row.get("refreshed") for row in rows[1:]] == [True, False, False, False]
+    assert all(abs(sum(row["alpha"]) - 1) < 1e-9 for row in rows[1:])
+    evaluation = whole.evaluation()
+    assert set(evaluation["gains"]) == {*evaluation["training_rewards"], *evaluation["held_out_rewards"]}
+    assert len(evaluation["before"]["scores"]) == 12
+    assert (whole.path / "samples" / "after" / "000_0.png").exists()
+    assert any(value.abs().max() > 0 for key, value in weights(whole).items() if "lora_B" in key)
+
+
+def test_same_seed_same_machine_bit_identical(whole, tmp_path):
+    again = train(tiny(), tmp_path / "run")
+    assert lines(again) == lines(whole)
+    for key, value in weights(again).items():
+        assert torch.equal(value, weights(whole)[key])
+    assert json.loads((again.path / "evaluation.json").read_text()) == whole.evaluation()
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(whole, tmp_path):
+    def stop_after_the_first_epoch(metrics):
+        return metrics["update"] == 1
+
+    half = train(tiny(), tmp_path / "run", watch=stop_after_the_first_epoch)
+    assert [row["update"] for row in half.metrics()] == [0, 1, 2]
+    assert "after" not in half.evaluation()
+    assert (half.path / "lora" / "pytorch_lora_weights.safetensors").exists()  # usable as it is
+    write_report(half)
+    run = train(tiny(), tmp_path / "run", resume=True)
+    assert lines(run) == lines(whole)
+    for key, value in weights(run).items():
+        assert torch.equal(value, weights(whole)[key])
+    assert run.evaluation()["gains"] == whole.evaluation()["gains"]
+
+
+def test_another_seed_is_another_run(whole, tmp_path):
+    other = train(tiny(seed=1), tmp_path / "run")
+    assert lines(other)[1]["reward"] != lines(whole)[1]["reward"]
+
+
+@pytest.mark.parametrize("method", ["published", "uniform", "weighted-sum"])
+def test_other_methods(method, tmp_path):
+    settings = {"method": method, "refresh": 2}
+    run = train(tiny(balance=settings, objective={"kl": 1e-4}, diagnose_every=1), tmp_path / "run")
+    rows = run.metrics()[1:]
+    assert ("alpha" in rows[0]) == (method != "weighted-sum")
+    assert all(row["cosine/fresh"] > -1e-6 and row["cosine_advantage/fresh"] > -1e-6 for row in rows)
+    if method == "published":  # on the update that solves, the applied direction is the fresh one
+        assert rows[0]["cosine/applied"] == pytest.approx(rows[0]["cosine/fresh"], abs=0.02)
+    if method == "weighted-sum":
+        for row in rows:
+            assert row["cosine/applied"] == pytest.approx(row["cosine/weighted_sum"], abs=1e-4)
+    if run.metrics()[-1]["update"] > 1:
+        assert rows[-1]["kl"] > 0
+
+
+def test_budget_in_minutes(tmp_path):
+    run = train(tiny(budget={"updates": None, "minutes": 0.0001}), tmp_path / "run")
+    assert run.metrics()[-1]["update"] == 2  # the epoch in which it ran out is finished
+
+
+def test_any_geometry(tmp_path):
+    config = tiny(
+        rollout={"prompts": 5, "group_size": 3, "batch": 2},
+        optimizer={"updates_per_epoch": 4, "micro_batch": 7},
+        budget={"updates": 3},
+    )
+    assert train(config, tmp_path / "run").metrics()[-1]["update"] == 3
+
+
+def test_early_stop_exports_what_was_before_the_fall(tmp_path, monkeypatch):
+    from marble.evaluation import Gain
+
+    falling = Gain(1.0, 0.5, -0.5, -0.6, -0.4, 1.0)
+    monkeypatch.setattr("marble.heldout.gains", lambda before, after: dict.fromkeys(before.names, falling))
+    config = tiny(budget={"updates": 40}, evaluation={"early_stop": "diversity", "patience": 2, "every": 1})
+    run = train(config, tmp_path / "run")
+    assert run.metrics()[-1]["update"] == 2
+    assert "after" in run.evaluation()
+
+
+def test_a_reward_that_applies_to_no_prompt(tmp_path):
+    config = tiny(prompts=[{"source": "mini-places"}])
+    with pytest.raises(MarbleError, match="text, composition applies to no prompt of places"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_there_is_noticed_first(tmp_path):
+    with pytest.raises(MarbleError, match="does not exist"):
+        train(tiny(model={"id": str(tmp_path / "none")}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(MarbleError, match="not a run folder"):
+        train(tiny(), tmp_path / "none", resume=True)
+
+
+def test_report_shows_it_all_and_escapes(whole):
+    run = Run(whole.path)
+    content = run.evaluation()
+    content["before"]["prompts"][0] = "<script>alert(1)</script>"
+    content["after"]["prompts"][0] = content["before"]["prompts"][0]
+    run.write_evaluation(content)
+    page = write_report(run).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    for heading in (
+        "What was gained",
+        "Before and after",
+        "On the way",
+        "The balance",
+        "How the rewards conflict",
+        "Specialist map",
+    ):
+        assert heading in page
+    assert page.count("<svg") >= 6
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert 'src="data:image/png' in page
