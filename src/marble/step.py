@@ -25,35 +25,33 @@ def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals
     """
     policy, method, updater = parts.policy, parts.method, parts.updater
     began, total = time.perf_counter(), sum(map(len, plan))
-    due = method.due()
-    every = config.diagnose_every
+    due, every = method.due(), config.diagnose_every
     diagnose = bool(every) and updater.updates % every == every // 2
     combined = method.combined(signals)
-    columns = torch.cat(
-        [signals.per_reward, torch.zeros(len(combined), 1), signals.weighted_sum[:, None], combined[:, None]], dim=1
-    )
+    columns = _columns(signals, combined) if diagnose else _columns(signals)
     rows, own, loss_sum, kl_sum = None, None, 0.0, 0.0
     for visits in plan:
         loss, kl = visit_loss(policy, rollout, visits, config.objective)
-        share, at = len(visits) / total, columns[visits.images]
-        if due or diagnose:
-            wanted = at if diagnose else at[:, :-2]
-            rows = _add(rows, share * reference_gradients(loss, wanted, policy.parameters))
+        share, chosen = len(visits) / total, visits.images
+        if diagnose or (due and not method.to_the_letter):
+            rows = _add(rows, share * reference_gradients(loss, columns[chosen], policy.parameters))
         if due and method.to_the_letter:
-            judged = signals.applies[visits.images]
-            own = _add(
-                own, share * reference_gradients(loss, signals.per_reward[visits.images], policy.parameters, judged)
-            )
-        each = loss.at(combined[visits.images]).mean()
-        (share * (each * (0.0 if due else 1.0) + (0.0 if kl is None else config.objective.kl * kl))).backward()
+            advantages, applies = signals.per_reward[chosen], signals.applies[chosen]
+            own = _add(own, share * reference_gradients(loss, advantages, policy.parameters, applies))
+        each = loss.at(combined[chosen]).mean()
+        wanted = [each] if not due and rows is None else []
+        if kl is not None:
+            wanted.append(config.objective.kl * kl)
+            kl_sum += share * kl.item()
+        if wanted:
+            (share * torch.stack(wanted).sum()).backward()
         loss_sum += share * each.item()
-        kl_sum += 0.0 if kl is None else share * kl.item()
 
     count = len(signals.signal)
-    refreshed = rows
-    if due and rows is not None:
-        refreshed = rows[: count + 1] if own is None else torch.cat([own, rows[count : count + 1]])
-    direction = method.step(refreshed if due else None, signals)
+    refreshed = own if own is not None else rows[: count + 1] if due and rows is not None else None
+    direction = method.step(refreshed, signals)
+    if direction is None and rows is not None:
+        direction = Direction(rows[-1], 1.0)
     norm = updater.apply(None if direction is None else direction.vector)
     metrics: dict[str, Any] = {"update": updater.updates, "loss": loss_sum, "kl": kl_sum, "gradient_norm": norm}
     metrics["signal"] = signals.signal.tolist()
@@ -61,17 +59,19 @@ def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals
         metrics["alpha"] = method.balancer.alpha.tolist()
         metrics["coefficients"] = method.balancer.coefficients.tolist()
         metrics["refreshed"] = due
-    if diagnose and rows is not None:
-        metrics |= _diagnosis(rows, direction, signals)
+    if diagnose and rows is not None and direction is not None:
+        metrics |= worst_cosines(rows[:-1], direction.vector, direction.const, signals.signal)
+        metrics["reward_cosines"] = reward_cosines(rows[:-1]).tolist()
     metrics["update_seconds"] = time.perf_counter() - began
     return metrics
 
 
-def _diagnosis(rows: Tensor, direction: Direction | None, signals: Signals) -> dict[str, Any]:
-    applied = Direction(rows[-1], 1.0) if direction is None else direction
-    found: dict[str, Any] = worst_cosines(rows[:-1], applied.vector, applied.const, signals.signal)
-    found["reward_cosines"] = reward_cosines(rows[:-1]).tolist()
-    return found
+def _columns(signals: Signals, combined: Tensor | None = None) -> Tensor:
+    """Advantages to take gradients at: every reward's, none, and for a diagnosis the raw sum's and `combined`."""
+    columns = [signals.per_reward, torch.zeros(len(signals.per_reward), 1)]
+    if combined is not None:
+        columns += [signals.weighted_sum[:, None], combined[:, None]]
+    return torch.cat(columns, dim=1)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:

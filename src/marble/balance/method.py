@@ -100,27 +100,36 @@ class Method:
         """Advance by one update.
 
         Args:
-            rows: `[K + 1, P]` gradients when `due()`: every reward's, then the advantage-free part's.
+            rows: gradients when `due()`: `[K, P]`, every reward's averaged over the images that it can judge, if
+                `to_the_letter`; else `[K + 1, P]`, every reward's and the advantage-free part's over all images.
             signals: of this epoch.
 
         Returns:
-            The direction of a refresh; None when the update is to use `combined`.
+            The direction of a refresh; None when the update is to use `combined` (after a published refresh in
+            which no reward had a signal there is nothing to apply either).
         """
         if self.balancer is None:
             return None
         if rows is None:
             self.balancer.step()
             return None
-        own = rows[:-1].double()
+        count = self.balancer.num_rewards
+        own = rows[:count].double()
         self.balancer.step(own @ own.T, signals.signal)
-        if self.to_the_letter and self.balancer.solution is not None:
-            norms = own.norm(dim=1)
-            used = (norms > 0) & signals.signal
-            if used.any():
-                alpha = torch.where(used, self.balancer.solution.to(own), 0.0)
-                weights = alpha / alpha.sum().clamp_min(1e-12) / norms.clamp_min(1e-300) * norms[used].mean()
-                return Direction((weights @ own).to(rows.dtype), weights.sum().item())
+        if self.to_the_letter:
+            return self._published(own, signals.signal, rows.dtype)
         weights = self.balancer.coefficients.to(rows)
         clipped = signals.per_reward.clamp(-self.amax, self.amax)
         strength = self._strength(clipped @ weights) if self.match else 1.0
-        return Direction(rows[-1] + strength * (weights @ (rows[:-1] - rows[-1])), 1.0)
+        return Direction(rows[count] + strength * (weights @ (rows[:count] - rows[count])), 1.0)
+
+    def _published(self, own: Tensor, signal: Tensor, dtype: torch.dtype) -> Direction | None:
+        """Fresh weights on normalised gradients, times the mean norm; rewards without a signal take no part."""
+        assert self.balancer is not None
+        norms = own.norm(dim=1)
+        used = (norms > 0) & signal
+        if self.balancer.solution is None or not used.any():
+            return None
+        alpha = torch.where(used, self.balancer.solution, 0.0)
+        weights = torch.where(used, alpha / alpha.sum() / norms, 0.0) * norms[used].mean()
+        return Direction((weights @ own).to(dtype), weights.sum().item())

@@ -8,6 +8,10 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 
+_GOOD_ENOUGH = 1e-13
+"""Optimality gap, relative to the largest entry, at which refining stops."""
+
+
 def min_norm_weights(gram: Tensor) -> Tensor:
     """`argmin alpha^T G alpha` over the simplex, exactly.
 
@@ -41,20 +45,47 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     system = np.vstack([root, np.ones(len(matrix))])
     target = np.append(np.zeros(len(root)), 1.0)
     solution, _ = nnls(system, target, maxiter=100 * len(target))
-    return torch.from_numpy(_polish(matrix, solution / solution.sum()))
+    return torch.from_numpy(_refine(matrix, solution / solution.sum()))
 
 
-def _polish(matrix: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Solve once more for equal `G alpha` on the weights in use; keep it if it is feasible and no worse."""
-    support = np.flatnonzero(alpha > 1e-12)
-    block = matrix[np.ix_(support, support)]
-    bordered = np.block([[block, np.ones((len(support), 1))], [np.ones((1, len(support))), np.zeros((1, 1))]])
-    solved = np.linalg.lstsq(bordered, np.append(np.zeros(len(support)), 1.0), rcond=None)[0][:-1]
-    if solved.min() < 0 or not solved.sum() > 0.5:
-        return alpha
-    better = np.zeros_like(alpha)
-    better[support] = solved / solved.sum()
-    return better if _gap(matrix, better) < _gap(matrix, alpha) else alpha
+def _refine(matrix: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Active-set steps on the Gram as given, from a solution on its positive part; returns the best point seen.
+
+    A Gram computed in single precision may have eigenvalues of −1e-8. Clipping them moves the optimum by
+    more than its gap may be, and along such a direction the optimum lies on the boundary.
+    """
+    best, least = alpha, _gap(matrix, alpha)
+    active = alpha > 1e-12
+    for _ in range(4 * len(alpha)):
+        if least <= _GOOD_ENOUGH:
+            break
+        move = np.zeros_like(alpha)
+        move[active] = _stationary(matrix[np.ix_(active, active)]) - alpha[active]
+        curved = move @ matrix @ move > 0
+        if not curved and alpha @ matrix @ move > 0:
+            move = -move  # no minimum this way: downhill to the boundary
+        room = np.divide(alpha, -move, out=np.full_like(alpha, np.inf), where=move < -1e-15)
+        step = min(1.0, room.min()) if curved else room.min()
+        if np.isfinite(step):
+            alpha = (alpha + step * move).clip(min=0)
+            alpha /= alpha.sum()
+        gap = _gap(matrix, alpha)
+        if gap < least:
+            best, least = alpha, gap
+        if step < 1 or not curved:
+            active = active & (room > step * (1 + 1e-12))
+        else:
+            active = active | (np.arange(len(alpha)) == np.argmin(matrix @ alpha))
+        if not active.any():
+            break
+    return best
+
+
+def _stationary(block: np.ndarray) -> np.ndarray:
+    """Weights that sum to 1 and make all of `block @ weights` equal."""
+    size = len(block)
+    bordered = np.block([[block, np.ones((size, 1))], [np.ones((1, size)), np.zeros((1, 1))]])
+    return np.linalg.lstsq(bordered, np.append(np.zeros(size), 1.0), rcond=None)[0][:-1]
 
 
 def _gap(matrix: np.ndarray, alpha: np.ndarray) -> float:
