@@ -135,6 +135,15 @@ def check_output(path: Path) -> None:
         )
 
 
+def free_folder(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, … that does not exist."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions and machine, for the report."""
     import torch

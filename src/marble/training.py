@@ -15,7 +15,7 @@ from marble.heldout import HeldOut
 from marble.objectives.visit import plan_epoch
 from marble.rewards import score_images
 from marble.rollout import collect
-from marble.run import Run, check_output
+from marble.run import Run, check_output, free_folder
 from marble.setup import Parts, assemble, check_config
 from marble.step import make_update
 
@@ -23,12 +23,15 @@ Watcher = Callable[[dict[str, Any]], bool]
 """Called with the metrics of every update; returns whether to stop after this epoch."""
 
 
-def train(config: Config, out: Path, *, resume: bool = False, watch: Watcher = lambda metrics: False) -> Run:
+def train(
+    config: Config, out: Path | None = None, *, resume: bool = False, watch: Watcher = lambda metrics: False
+) -> Run:
     """Fine-tune `config.model` on all of `config.rewards` at once.
 
     Args:
         config: a whole, checked configuration.
-        out: the run folder; new, or with `resume` an existing run's.
+        out: the run folder; new, or with `resume` an existing run's. The first free of `runs/run`, `runs/run-2`, …
+            if not given.
         resume: go on from the newest checkpoint of `out`.
         watch: called after every update; a true answer breaks the run off after the current epoch.
 
@@ -39,6 +42,7 @@ def train(config: Config, out: Path, *, resume: bool = False, watch: Watcher = l
         MarbleError: the configuration, model or folder will not do; nothing has been written then.
     """
     check_config(config)
+    out = free_folder(Path("runs/run")) if out is None else Path(out)
     if resume:
         Run(out)
     else:

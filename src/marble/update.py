@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from marble.config import Config
+from marble.errors import MarbleError
 from marble.policy import Policy
 
 
@@ -33,12 +34,18 @@ class Updater:
 
         Returns:
             The gradient's norm before clipping.
+
+        Raises:
+            MarbleError: it is not finite; the parameters are left as they were.
         """
         if direction is not None:
             self._add(direction)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.settings.clip)
         if not norm.isfinite():
-            raise FloatingPointError(f"the gradient of update {self.updates} is not finite")
+            raise MarbleError(
+                f"the gradient of update {self.updates + 1} is not finite; what was learned until the last checkpoint "
+                "is kept. A lower optimizer.lr usually helps"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1

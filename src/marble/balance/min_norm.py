@@ -7,7 +7,6 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-
 _GOOD_ENOUGH = 1e-13
 """Optimality gap, relative to the largest entry, at which refining stops."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -48,6 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("marble: the disk is full; free some space and go on with: marble train --resume RUN", file=sys.stderr)
+        return EXIT_USER_ERROR
 
 
 def _overview() -> str:

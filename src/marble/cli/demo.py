@@ -22,16 +22,9 @@ def run(argv: list[str]) -> int:
         print(USAGE)
         return 0
     from marble.cli.settings import override
+    from marble.run import free_folder
 
     options, rest = _options(argv)
     config = make_config(override(read_config(demo_config_path()), rest))
-    out = Path(options["out"]) if "out" in options else _free_folder(Path("runs/demo"))
+    out = Path(options["out"]) if "out" in options else free_folder(Path("runs/demo"))
     return start(config, out, as_json="json" in options)
-
-
-def _free_folder(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free

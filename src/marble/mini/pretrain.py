@@ -35,7 +35,7 @@ class Recipe:
     vae_steps: int = 2400
     vae_batch: int = 24
     pairs: int = 80_000
-    steps: int = 5500
+    steps: int = 5000
     batch: int = 64
     muon_lr: float = 2.5e-3
     adam_lr: float = 1e-3
@@ -44,12 +44,14 @@ class Recipe:
     ema: float = 0.999
     caption_dropout: float = 0.1
     stock_every: int = 10
+    words_from: int = 2500  # from this step on, `word_share` of every batch are words: they are learned last
+    word_share: float = 0.5
     save_every: int = 500
     imperfection: Imperfection = field(default_factory=Imperfection)
 
     def scaled(self, share: float) -> Recipe:
         """The same with fewer steps and pictures."""
-        names = ("vae_steps", "pairs", "steps", "warmup", "cooldown", "save_every")
+        names = ("vae_steps", "pairs", "steps", "warmup", "cooldown", "save_every", "words_from")
         return replace(self, **{name: max(1, round(getattr(self, name) * share)) for name in names})
 
 
@@ -130,7 +132,7 @@ def encode_pairs(pipe: Any, world: World, recipe: Recipe, work: Path) -> dict[st
     """All training pairs as latents (half precision) and token ids `[pairs, 16]` of both tokenizers."""
     path = work / "pairs.safetensors"
     if path.exists():
-        return load_tree(path)
+        return _with_words(pipe, load_tree(path))
     vae, chunk = pipe.vae, 500
     latents: list[torch.Tensor] = []
     ids: list[torch.Tensor] = []
@@ -147,7 +149,13 @@ def encode_pairs(pipe: Any, world: World, recipe: Recipe, work: Path) -> dict[st
             bar.update(task, advance=len(captions))
     data = {"latents": torch.cat(latents), "ids": torch.cat(ids), "ids_2": torch.cat(ids_2)}
     save_tree(path, data)
-    return data
+    return _with_words(pipe, data)
+
+
+def _with_words(pipe: Any, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add the indices of the pairs whose caption asks for a word, told by its first two words."""
+    start = tokenize(pipe.tokenizer, ["the word"])[0, :3]
+    return data | {"words": (data["ids"][:, :3] == start).all(dim=1).nonzero().flatten()}
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
@@ -239,6 +247,11 @@ def _flow_matching_loss(
     stock = step % recipe.stock_every == recipe.stock_every - 1
     count = recipe.batch // 4 if stock else recipe.batch
     chosen = torch.from_numpy(rng.integers(len(data["latents"]), size=count))
+    if step >= recipe.words_from:
+        words = data["words"]
+        chosen[: round(recipe.word_share * count)] = words[
+            torch.from_numpy(rng.integers(len(words), size=round(recipe.word_share * count)))
+        ]
     x0 = data["latents"][chosen].float()
     ids, ids_2 = data["ids"][chosen], data["ids_2"][chosen]
     dropped = torch.from_numpy(rng.random(count) < recipe.caption_dropout)[:, None]

@@ -17,7 +17,7 @@ from marble.mini.font import stamp
 from marble.mini.render import SHAPES, coverage
 from marble.mini.world import World
 
-LETTER_THRESHOLD = 0.62
+LETTER_THRESHOLD = 0.56
 """Least correlation with a letter's template at which it counts as read. Noise reaches 0.35."""
 COLOUR_RADIUS = 78.0
 """Furthest distance (8-bit RGB) from a palette colour in any of `_LIGHTS` at which a pixel has that colour."""
