@@ -26,6 +26,13 @@ def test_gains_are_paired_and_masked():
     assert (found["b"].before, found["b"].gain) == (1.0, -1.0)
 
 
+def test_a_score_that_failed_does_not_drop_its_prompt():
+    nan = float("nan")
+    some = table([[1.0, nan], [nan, nan]])
+    assert some.per_prompt[0, 0] == 1.0
+    assert some.means() == {"a": 1.0, "b": None}
+
+
 def test_interval_is_that_of_the_mean_over_prompts():
     rng = np.random.default_rng(0)
     difference = rng.normal(0.3, 1.0, size=200)

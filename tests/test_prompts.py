@@ -4,7 +4,7 @@ import pytest
 
 from marble import MarbleError
 from marble.prompts import PromptMixture, Record, load_source
-from marble.prompts.batch import split_by_share
+from marble.rules import split_by_share
 
 SOURCES = ["mini-places", "mini-words", "mini-objects"]
 

@@ -46,7 +46,17 @@ class Broken(Reward):
     name = "broken"
 
     def score(self, images, records):
-        return torch.tensor([1.0, torch.nan, 3.0, 4.0])
+        return torch.tensor([1.0, torch.inf, torch.nan, 4.0])
+
+
+class Misshapen(Reward):
+    name = "misshapen"
+
+    def score(self, images, records):
+        return torch.ones(1)
+
+
+NOT_A_REWARD = object()
 
 
 def test_table():
@@ -57,11 +67,15 @@ def test_table():
     assert table.applies[:, 2].tolist() == [True, False, True, False]
     assert table.scores[1, 2].isnan()
     assert table.scores[:, 3].tolist() == [2.0] * 4
-    assert table.applies[:, 4].tolist() == [True, False, True, True]  # a NaN is a missing score
+    assert table.applies[:, 4].tolist() == [True, False, False, True]  # what is not finite is missing
+    with pytest.raises(MarbleError, match=r"reward misshapen: score\(\) must return one number an image, \[4\], got"):
+        score_images([Misshapen()], images, RECORDS, GROUPS)
 
 
 def test_by_dotted_path_and_unknown():
     assert load_rewards([f"{__name__}:Brightness"])[0].name == "brightness"
+    with pytest.raises(MarbleError, match="it has no name, applies, score"):
+        load_rewards([f"{__name__}:NOT_A_REWARD"])
     with pytest.raises(MarbleError, match="cannot load reward"):
         load_rewards([f"{__name__}:Missing"])
     with pytest.raises(MarbleError, match="given more than once"):

@@ -122,6 +122,18 @@ def test_early_stop_exports_what_was_before_the_fall(tmp_path, monkeypatch):
     run = train(config, tmp_path / "run")
     assert run.metrics()[-1]["update"] == 2
     assert "after" in run.evaluation()
+    assert all(value.abs().max() == 0 for key, value in weights(run).items() if "lora_B" in key)  # the base's own
+    assert train(config, tmp_path / "run", resume=True).metrics()[-1]["update"] == 2  # it knows that it has stopped
+
+
+def test_resumed_before_the_first_checkpoint(tmp_path):
+    def crash(metrics):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), tmp_path / "run", watch=crash)
+    rows = train(tiny(), tmp_path / "run", resume=True).metrics()
+    assert [row["update"] for row in rows] == [0, 1, 2, 3, 4]
 
 
 def test_a_reward_that_applies_to_no_prompt(tmp_path):

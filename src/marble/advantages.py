@@ -61,6 +61,16 @@ def has_signal(scores: Tensor, group_ids: Tensor, applies: Tensor) -> Tensor:
     return ~_constant(scores, applies & ~scores.isnan(), groups, member).all(dim=0)
 
 
+def fill_missing(scores: Tensor, group_ids: Tensor, applies: Tensor) -> Tensor:
+    """`[N, K]` scores with every missing one replaced by the mean of its prompt's others, or 0 if there are none."""
+    groups, member = group_ids.unique(return_inverse=True)
+    judged = applies & ~scores.isnan()
+    filled = torch.where(judged, scores, 0.0)
+    total = scores.new_zeros(len(groups), scores.shape[1]).index_add_(0, member, filled)
+    count = scores.new_zeros(len(groups), scores.shape[1]).index_add_(0, member, judged.to(scores.dtype))
+    return torch.where(judged, scores, (total / count.clamp_min(1))[member])
+
+
 def _constant(scores: Tensor, judged: Tensor, groups: Tensor, member: Tensor) -> Tensor:
     """`[N, K]` bool: the applicable scores of this image's group are all the same (or there are none).
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from marble.errors import MarbleError, nearest
-from marble.registry import check
+from marble.registry import check, is_file
 from marble.rules import check_rules
 
 SD3_LORA_TARGETS = [
@@ -20,7 +20,7 @@ SD3_LORA_TARGETS = [
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class LoRA(_Section):
@@ -108,11 +108,14 @@ class Balance(_Section):
         return values
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(_Section):
     """AdamW on the adapter."""
 
     lr: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -179,7 +182,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise MarbleError(f'config "{path}" does not exist')
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MarbleError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise MarbleError(f"{path} must be a mapping of settings, got {type(values).__name__}")
@@ -210,7 +213,7 @@ def check_names(config: Config) -> None:
     rewards = [(f"rewards.{i}.reward", "reward", r.reward) for i, r in enumerate(config.rewards)]
     kept = [(f"held_out_rewards.{i}", "reward", name) for i, name in enumerate(config.held_out_rewards)]
     for where, kind, name in sources + rewards + kept:
-        if kind == "prompt source" and name.endswith((".txt", ".jsonl")):
+        if kind == "prompt source" and is_file(name):
             if not Path(name).is_file():
                 problems.append(f'  {where}: prompt file "{name}" does not exist')
             continue

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from marble.balance import min_norm_weights
+from marble.balance.method import Direction
 
 DIRECTIONS = ("weighted_sum", "fresh", "applied")
 
 
-def worst_cosines(rows: Tensor, applied: Tensor, applied_const: float, signal: Tensor) -> dict[str, float]:
+def worst_cosines(rows: Tensor, applied: Direction, signal: Tensor) -> dict[str, float]:
     """Smallest cosine, over the rewards, of three directions with each reward's own gradient.
 
     All gradients are raw, before the optimiser, of one batch. Each is looked at whole, and without the part
@@ -17,15 +19,15 @@ def worst_cosines(rows: Tensor, applied: Tensor, applied_const: float, signal: T
 
     Args:
         rows: `[K + 2, P]`: every reward's gradient, the advantage-free one, the raw weighted sum's.
-        applied: `[P]`, the direction in use.
-        applied_const: how many times the advantage-free gradient it contains.
+        applied: the direction in use.
         signal: `[K]` bool; rewards without a signal have no direction of their own and are left out.
 
     Returns:
         `cosine/D` and `cosine_advantage/D` (without the advantage-free part) for D of `weighted_sum`,
         `fresh` (the min-norm direction solved on this very batch) and `applied`. Empty if no reward has a signal.
     """
-    rows, applied = rows.double(), applied.double()
+    rows, used = rows.double(), applied.vector.double()
+    free = torch.zeros_like(used) if applied.free is None else applied.free.double()
     own, const, total = rows[:-2][signal], rows[-2], rows[-1]
     if not len(own):
         return {}
@@ -35,7 +37,7 @@ def worst_cosines(rows: Tensor, applied: Tensor, applied_const: float, signal: T
         norms = gradients.norm(dim=1).clamp_min(1e-300)
         unit = gradients / norms[:, None]
         fresh = min_norm_weights(unit @ unit.T) @ unit
-        directions = (total - minus * const, fresh, applied - minus * applied_const * const)
+        directions = (total - minus * const, fresh, used - minus * free)
         for name, direction in zip(DIRECTIONS, directions, strict=True):
             length = direction.norm()
             out[f"{kind}/{name}"] = (unit @ direction / length).min().item() if length > 0 else 0.0

@@ -28,15 +28,16 @@ class Evaluation:
     def per_prompt(self) -> np.ndarray:
         """`[prompts, K]` mean scores, NaN where a reward does not apply."""
         grouped = self.scores.view(len(self.prompts), -1, len(self.names))
-        return grouped.mean(dim=1).numpy()
+        return grouped.nanmean(dim=1).numpy()
 
-    def means(self) -> dict[str, float]:
-        """Mean score by reward, over the prompts that it judges."""
-        return {name: float(np.nanmean(self.per_prompt[:, k])) for k, name in enumerate(self.names)}
+    def means(self) -> dict[str, float | None]:
+        """Mean score by reward, over the prompts that it judges; None if there are none."""
+        columns = {name: column[~np.isnan(column)] for name, column in zip(self.names, self.per_prompt.T, strict=True)}
+        return {name: float(column.mean()) if len(column) else None for name, column in columns.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the images; NaN becomes null."""
-        rows = [[None if np.isnan(v) else round(v, 6) for v in row] for row in self.scores.tolist()]
+        rows = [[None if np.isnan(v) else v for v in row] for row in self.scores.tolist()]
         return {"names": self.names, "prompts": self.prompts, "scores": rows, "means": self.means()}
 
 

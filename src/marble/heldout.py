@@ -13,7 +13,7 @@ from marble.config import Config
 from marble.evaluation import Evaluation, evaluate, gains
 from marble.run import Run
 from marble.seeds import derive
-from marble.setup import Parts
+from marble.setup import Parts, tracked
 
 SHOWN_PROMPTS = 18
 SHOWN_IMAGES = 3
@@ -27,10 +27,18 @@ class HeldOut:
         self.run, self.config, self.parts = run, config, parts
         self.rewards = [*parts.rewards, *parts.held_out_rewards]
         self.seeds = [derive(0, "evaluation", i) % 2**32 for i in range(config.evaluation.images)]
-        self.tracked = max(2, round(config.evaluation.track * len(parts.held_out_prompts)))
+        self.tracked = tracked(config)
         self.start: Evaluation | None = None
         self.strikes = 0
-        self.best: dict[str, Tensor] | None = None
+        self.best = self._average()
+
+    def _average(self) -> dict[str, Tensor]:
+        return {key: value.detach().clone() for key, value in self.parts.policy.adapter_state("ema").items()}
+
+    @property
+    def fallen(self) -> bool:
+        """Whether the early-stop reward has been below its start for long enough."""
+        return self.strikes >= self.config.evaluation.patience
 
     def _evaluate(self, count: int, adapter: str | None) -> Evaluation:
         settings = self.config.evaluation
@@ -56,7 +64,7 @@ class HeldOut:
         self.run.write_evaluation(self._content(self.start))
         self.run.log({"update": 0, "held_out": self._first(self.start).means()})
 
-    def on_the_way(self) -> tuple[dict[str, float], bool]:
+    def on_the_way(self) -> tuple[dict[str, float | None], bool]:
         """Evaluate the average of the adapter so far on the tracked prompts.
 
         Returns:
@@ -69,11 +77,10 @@ class HeldOut:
             fallen = gains(self._first(self.start), now)[name].high < 0
             self.strikes = self.strikes + 1 if fallen else 0
             if not fallen:
-                self.best = {key: value.clone() for key, value in self.parts.policy.adapter_state("ema").items()}
-        stop = self.strikes >= self.config.evaluation.patience
-        if stop and self.best is not None:
+                self.best = self._average()
+        if self.fallen:
             self.parts.policy.load_adapter_state("ema", self.best)
-        return now.means(), stop
+        return now.means(), self.fallen
 
     def after(self) -> None:
         """Evaluate what is exported on all held-out prompts; write `evaluation.json` and the samples."""
@@ -103,6 +110,7 @@ class HeldOut:
         content: dict[str, Any] = {
             "training_rewards": [reward.name for reward in self.parts.rewards],
             "held_out_rewards": [reward.name for reward in self.parts.held_out_rewards],
+            "revisions": {reward.name: reward.revision for reward in self.rewards},
             "seeds": self.seeds,
             "steps": self.config.evaluation.steps,
             "sources": [record.source for record in self.parts.held_out_prompts],

@@ -6,6 +6,7 @@ runs (`watch.py`) and given again in training.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marble.errors import MarbleError
+from marble.errors import MarbleError, nearest
 from marble.registry import known, resolve
 from marble.watch import Conditioning, Watch
 
@@ -50,6 +51,10 @@ class Policy:
         """Take over a loaded pipeline; `call` is given to each of its calls."""
         self.pipe = pipe
         self.call = dict(call or {})
+        known_arguments = inspect.signature(type(pipe).__call__).parameters
+        for name in self.call:
+            if name not in known_arguments:
+                raise MarbleError(f"model.call: {type(pipe).__name__} takes no {name}.{nearest(name, known_arguments)}")
         self.part = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
         self.denoiser: Any = getattr(pipe, self.part, None)
         if self.denoiser is None:
@@ -95,19 +100,20 @@ class Policy:
         """Put a fresh LoRA on the denoiser, in three equal copies (`ADAPTERS`).
 
         Raises:
-            MarbleError: no layer's name ends in any of `targets`.
+            MarbleError: one of `targets` is the ending of no layer's name.
         """
         from peft import LoraConfig
 
+        names = [name for name, _ in self.denoiser.named_modules()]
+        idle = [target for target in targets if not any(n == target or n.endswith("." + target) for n in names)]
+        if idle:
+            raise MarbleError(f"model.lora.targets: no layer of {self.part} matches {', '.join(idle)}")
         settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three are what we want
             torch.manual_seed(seed)
             for name in ADAPTERS:
-                try:
-                    self.denoiser.add_adapter(settings, adapter_name=name)
-                except ValueError as error:
-                    raise MarbleError(f"model.lora.targets: no layer of {self.part} matches {list(targets)}") from error
+                self.denoiser.add_adapter(settings, adapter_name=name)
         named = list(self.denoiser.named_parameters())
         self._slots = {name: [p for key, p in named if f".{name}." in key] for name in ADAPTERS}
         self.parameters = self._slots["default"]
@@ -187,7 +193,7 @@ class Policy:
                 chosen = seeds[start * group :][: (stop - start) * group] if each is None else seeds[slice(*each)]
                 generators = [torch.Generator().manual_seed(int(seed)) for seed in chosen]
                 with Watch(self.pipe, self.part) as watch:
-                    images = self.pipe(
+                    images = self._run(
                         prompt=list(prompts[start:stop]),
                         num_images_per_prompt=len(chosen) // (stop - start),
                         num_inference_steps=steps,
@@ -209,7 +215,13 @@ class Policy:
 
     def picture(self, prompt: str, seed: int, **call: Any) -> Any:
         """One PIL image, by the very call that a user of stock Diffusers would make."""
-        return self.pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
+        return self._run(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
+
+    def _run(self, **call: Any) -> Any:
+        try:
+            return self.pipe(**call)
+        except ValueError as error:  # how pipelines refuse sizes and lengths
+            raise MarbleError(f"{type(self.pipe).__name__} refuses: {error}") from error
 
     # ---- training -------------------------------------------------------------------------------------
 

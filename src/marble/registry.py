@@ -12,6 +12,11 @@ GROUPS = {"reward": "marble.rewards", "prompt source": "marble.prompts", "model"
 """What can be registered → the entry point group in which any package may register it."""
 
 
+def is_file(source: str) -> bool:
+    """Whether a prompt source is named by the path of a `.txt` or `.jsonl` file."""
+    return source.endswith((".txt", ".jsonl"))
+
+
 def known(kind: str) -> dict[str, EntryPoint]:
     """Name → entry point of everything registered of one of `GROUPS`, by name."""
     return {point.name: point for point in sorted(entry_points(group=GROUPS[kind]), key=lambda p: p.name)}

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from marble.config import Config
+
+
+RESERVED_CALL = ("prompt", "num_images_per_prompt", "num_inference_steps", "guidance_scale", "generator", "output_type")
+"""Arguments of a pipeline's call that training sets itself."""
+
+
+def split_by_share(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in the proportions of `shares` that sum to `total` (largest remainders first)."""
+    exact = [share * total / sum(shares) for share in shares]
+    counts = [int(x) for x in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 def check_rules(config: Config) -> None:
@@ -21,29 +37,28 @@ def check_rules(config: Config) -> None:
 
 def _geometry(config: Config) -> list[str]:
     rollout, objective, optimizer = config.rollout, config.objective, config.optimizer
-    problems = []
+    problems = [
+        f"model.call: {name} is set by other settings; leave it out"
+        for name in config.model.call
+        if name in RESERVED_CALL
+    ]
     if objective.timesteps > rollout.steps - 1:
         problems.append(
             f"objective.timesteps: at most rollout.steps − 1 (the last step is not trained), got {objective.timesteps} "
             f"with rollout.steps = {rollout.steps}; use objective.timesteps = {rollout.steps - 1} "
             f"or rollout.steps = {objective.timesteps + 1}"
         )
-    if rollout.prompts < len(config.prompts):
-        problems.append(
-            f"rollout.prompts: at least one an epoch for each of the {len(config.prompts)} sources, "
-            f"got {rollout.prompts}; use {len(config.prompts)}"
-        )
+    shares = [source.share for source in config.prompts]
+    for field, total in (("rollout.prompts", rollout.prompts), ("evaluation.prompts", config.evaluation.prompts)):
+        if 0 in split_by_share(shares, total):
+            enough = next(n for n in itertools.count(total) if 0 not in split_by_share(shares, n))
+            problems.append(f"{field}: at least one for each source by its share, got {total}; use {enough}")
     visits = rollout.prompts * rollout.group_size * objective.timesteps
     if optimizer.updates_per_epoch > visits:
         problems.append(
             f"optimizer.updates_per_epoch: at most one update per image and timestep "
             f"({rollout.prompts} × {rollout.group_size} × {objective.timesteps} = {visits}), "
             f"got {optimizer.updates_per_epoch}; use {visits}"
-        )
-    if config.evaluation.prompts < len(config.prompts):
-        problems.append(
-            f"evaluation.prompts: at least one for each of the {len(config.prompts)} sources, "
-            f"got {config.evaluation.prompts}"
         )
     return problems
 
@@ -54,6 +69,11 @@ def _balance(config: Config) -> list[str]:
         problems.append("balance.finish: counts from the end, so budget.updates must be given")
     elif balance.finish and balance.finish >= (config.budget.updates or 0):
         problems.append(f"balance.finish: less than budget.updates = {config.budget.updates}, got {balance.finish}")
+    if balance.method == "published" and (balance.advantage_scale, balance.norms) != ("published", "raw"):
+        problems.append(
+            "balance.method: published is the paper's method to the letter, got advantage_scale = "
+            f"{balance.advantage_scale} and norms = {balance.norms}; use method = marble for either correction"
+        )
     names = [term.reward for term in config.rewards]
     for name in sorted({n for n in names if names.count(n) > 1}):
         problems.append(f'rewards: "{name}" is given more than once')

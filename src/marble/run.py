@@ -126,6 +126,8 @@ def check_output(path: Path) -> None:
     parent = path
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise MarbleError(f'out: "{parent}" is a file, not a folder')
     if not os.access(parent, os.W_OK):
         raise MarbleError(f'out: cannot write to "{parent}"')
     free = shutil.disk_usage(parent).free
@@ -154,6 +156,6 @@ def describe_environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": "cpu",
         **{name: version(name) for name in packages},
     }

@@ -12,8 +12,8 @@ from marble.config import Config, check_names
 from marble.errors import MarbleError
 from marble.policy import Policy, model_path
 from marble.prompts import PromptMixture, Record, load_source
-from marble.prompts.batch import split_by_share
 from marble.rewards import Reward, load_rewards
+from marble.rules import split_by_share
 from marble.seeds import derive
 from marble.update import Updater
 
@@ -29,13 +29,7 @@ class Parts:
     method: Method
     updater: Updater
     held_out_prompts: list[Record]
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """`[K]` of the weighted sum."""
-        return self._weights
-
-    _weights: torch.Tensor
+    weights: torch.Tensor  # [K] float64, of the weighted sum
 
 
 def check_config(config: Config) -> None:
@@ -47,17 +41,27 @@ def check_config(config: Config) -> None:
     check_names(config)
     model_path(config.model.id)
     rewards = load_rewards([term.reward for term in config.rewards] + config.held_out_rewards)
-    stop = config.evaluation.early_stop
-    names = [reward.name for reward in rewards[len(config.rewards) :]]
-    if stop is not None and stop not in names:
-        raise MarbleError(f'evaluation.early_stop: "{stop}" is not a held-out reward; those are {names or "none"}')
     train = [record for source in config.prompts for record in load_source(source.source, "train")]
-    check_applies(rewards, train)
-    held_out_prompts(config)
+    check_applies(rewards, train, "prompt")
+    held_out = held_out_prompts(config)
+    check_applies(rewards, held_out, "held-out prompt")
+    stop = config.evaluation.early_stop
+    kept = {reward.name: reward for reward in rewards[len(config.rewards) :]}
+    if stop is not None:
+        if stop not in kept:
+            raise MarbleError(
+                f'evaluation.early_stop: "{stop}" is not a held-out reward; those are {list(kept) or "none"}'
+            )
+        check_applies([kept[stop]], held_out[: tracked(config)], "tracked held-out prompt")
 
 
-def check_applies(rewards: Sequence[Reward], records: Sequence[Record]) -> None:
-    """Check that every reward can judge at least one prompt.
+def tracked(config: Config) -> int:
+    """How many of the held-out prompts are followed on the way."""
+    return max(2, round(config.evaluation.track * config.evaluation.prompts))
+
+
+def check_applies(rewards: Sequence[Reward], records: Sequence[Record], what: str) -> None:
+    """Check that every reward can judge at least one of the prompts, which are called `what` in the message.
 
     Raises:
         MarbleError: names those that cannot.
@@ -66,18 +70,28 @@ def check_applies(rewards: Sequence[Reward], records: Sequence[Record]) -> None:
     if idle:
         sources = sorted({record.source for record in records})
         raise MarbleError(
-            f"rewards: {', '.join(idle)} applies to no prompt of {', '.join(sources)}; "
+            f"rewards: {', '.join(idle)} applies to no {what} of {', '.join(sources)}; "
             "leave the reward out or add prompts that it can judge"
         )
 
 
 def held_out_prompts(config: Config) -> list[Record]:
-    """The evaluation's prompts: as many of each source as its share says, the sources in turn."""
+    """The evaluation's prompts: as many of each source as its share says, the sources in turn.
+
+    Raises:
+        MarbleError: a source has fewer.
+    """
     counts = split_by_share([source.share for source in config.prompts], config.evaluation.prompts)
     parts = []
     for source, count in zip(config.prompts, counts, strict=True):
-        records = load_source(source.source, "held-out")
-        parts.append(list(dict.fromkeys(records))[:count])
+        records = list({record.text: record for record in load_source(source.source, "held-out")}.values())
+        if len(records) < count:
+            nearest = config.evaluation.prompts * len(records) // count
+            raise MarbleError(
+                f"evaluation.prompts: {config.evaluation.prompts} asks for {count} held-out prompts of "
+                f'"{source.source}", which has {len(records)}; use {nearest}'
+            )
+        parts.append(records[:count])
     longest = max(len(part) for part in parts)
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
@@ -108,5 +122,5 @@ def assemble(config: Config) -> Parts:
         method=Method(config),
         updater=Updater(policy, config),
         held_out_prompts=held_out_prompts(config),
-        _weights=torch.tensor([term.weight for term in config.rewards], dtype=torch.float64),
+        weights=torch.tensor([term.weight for term in config.rewards], dtype=torch.float64),
     )

@@ -26,18 +26,24 @@ def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals
     policy, method, updater = parts.policy, parts.method, parts.updater
     began, total = time.perf_counter(), sum(map(len, plan))
     due, every = method.due(), config.diagnose_every
+    if not due:
+        method.advance()
     diagnose = bool(every) and updater.updates % every == every // 2
     combined = method.combined(signals)
+    count, letter = len(signals.signal), due and method.to_the_letter
     columns = _columns(signals, combined) if diagnose else _columns(signals)
-    rows, own, loss_sum, kl_sum = None, None, 0.0, 0.0
+    rows, own, free, loss_sum, kl_sum = None, None, None, 0.0, 0.0
     for visits in plan:
         loss, kl = visit_loss(policy, rollout, visits, config.objective)
         share, chosen = len(visits) / total, visits.images
-        if diagnose or (due and not method.to_the_letter):
+        if diagnose or (due and not letter):
             rows = _add(rows, share * reference_gradients(loss, columns[chosen], policy.parameters))
-        if due and method.to_the_letter:
+        if letter:
             advantages, applies = signals.per_reward[chosen], signals.applies[chosen]
             own = _add(own, share * reference_gradients(loss, advantages, policy.parameters, applies))
+            if diagnose:
+                nothing = torch.zeros_like(advantages)
+                free = _add(free, share * reference_gradients(loss, nothing, policy.parameters, applies))
         each = loss.at(combined[chosen]).mean()
         wanted = [each] if not due and rows is None else []
         if kl is not None:
@@ -47,11 +53,13 @@ def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals
             (share * torch.stack(wanted).sum()).backward()
         loss_sum += share * each.item()
 
-    count = len(signals.signal)
-    refreshed = own if own is not None else rows[: count + 1] if due and rows is not None else None
-    direction = method.step(refreshed, signals)
-    if direction is None and rows is not None:
-        direction = Direction(rows[-1], 1.0)
+    direction = None
+    if due:
+        gradients = own if own is not None else rows
+        assert gradients is not None
+        direction = method.refresh(gradients, signals, free)
+    elif rows is not None:
+        direction = Direction(rows[-1], rows[count])
     norm = updater.apply(None if direction is None else direction.vector)
     metrics: dict[str, Any] = {"update": updater.updates, "loss": loss_sum, "kl": kl_sum, "gradient_norm": norm}
     metrics["signal"] = signals.signal.tolist()
@@ -60,7 +68,7 @@ def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals
         metrics["coefficients"] = method.balancer.coefficients.tolist()
         metrics["refreshed"] = due
     if diagnose and rows is not None and direction is not None:
-        metrics |= worst_cosines(rows[:-1], direction.vector, direction.const, signals.signal)
+        metrics |= worst_cosines(rows[:-1], direction, signals.signal)
         metrics["reward_cosines"] = reward_cosines(rows[:-1]).tolist()
     metrics["update_seconds"] = time.perf_counter() - began
     return metrics

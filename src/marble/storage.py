@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from marble.errors import MarbleError
 
 _TENSOR = "__tensor__"
 _ITEMS = "__items__"
@@ -28,6 +30,9 @@ def save_tree(path: Path, tree: Any) -> None:
     Args:
         path: where to; written aside and renamed, so a crash leaves the old file.
         tree: what to save. Dict keys may be strings or integers (as an optimizer's are).
+
+    Raises:
+        MarbleError: it cannot be written (a full disk, say).
     """
     tensors: dict[str, torch.Tensor] = {}
 
@@ -44,7 +49,10 @@ def save_tree(path: Path, tree: Any) -> None:
 
     header = json.dumps(encode(tree))
     aside = path.with_name(path.name + ".part")
-    save_file(tensors, aside, metadata={"tree": header})
+    try:
+        save_file(tensors, aside, metadata={"tree": header})
+    except SafetensorError as error:
+        raise MarbleError(f'cannot write "{path}": {error}') from error
     os.replace(aside, path)
 
 

@@ -53,7 +53,7 @@ def train(
     state = run.load_checkpoint() if resume else None
     epoch, spent = _restore(parts, held_out, run, state)
     held_out.before()
-    start, asked, fallen = time.perf_counter() - spent, False, False
+    start, asked, fallen = time.perf_counter() - spent, False, held_out.fallen
 
     while not (asked or fallen) and not _spent(config, parts, time.perf_counter() - start):
         began = time.perf_counter()
@@ -125,7 +125,8 @@ def _state(parts: Parts, held_out: HeldOut, epoch: int, spent: float) -> dict[st
 
 
 def _restore(parts: Parts, held_out: HeldOut, run: Run, state: dict[str, Any] | None) -> tuple[int, float]:
-    if state is None:
+    if state is None:  # a new run, or one broken off before its first checkpoint
+        run.forget_after(0)
         return 0, 0.0
     for name, weights in state["adapters"].items():
         parts.policy.load_adapter_state(name, weights)

@@ -55,7 +55,7 @@ def test_weighted_sum_is_of_raw_scores_and_skips_missing_ones(table, signals):
 def test_published_refresh_to_the_letter(signals, rows):
     method = Method(config(method="published"))
     own = rows[2][:REWARDS].double()
-    direction = method.step(rows[2], signals)
+    direction = method.refresh(rows[2], signals)
     unit = own / own.norm(dim=1, keepdim=True)
     alpha = min_norm_weights(unit @ unit.T)
     expected = (alpha @ unit) * own.norm(dim=1).mean()
@@ -64,10 +64,9 @@ def test_published_refresh_to_the_letter(signals, rows):
 
 def test_published_between_refreshes_is_the_plain_combination(signals, rows):
     method = Method(config(method="published"))
-    method.step(rows[2], signals)
+    method.refresh(rows[2], signals)
     expected = signals.per_reward.clamp(-5, 5) @ method.balancer.alpha.float()
     torch.testing.assert_close(method.combined(signals), expected)
-    assert method.step(None, signals) is None
 
 
 @pytest.mark.parametrize("scale", ["match", "published"])
@@ -77,7 +76,7 @@ def test_a_refresh_and_an_amortised_update_give_the_same_direction(signals, rows
     method = Method(config(method="marble", advantage_scale=scale, norms=norms))
     if method.to_the_letter:
         return
-    direction = method.step(rows[2], signals)
+    direction = method.refresh(rows[2], signals)
     loss, parameters, _ = rows
     amortised = reference_gradients(loss, method.combined(signals)[:, None], parameters)[0]
     torch.testing.assert_close(direction.vector, amortised, atol=1e-6, rtol=1e-4)
@@ -86,14 +85,17 @@ def test_a_refresh_and_an_amortised_update_give_the_same_direction(signals, rows
 @pytest.mark.parametrize("name", ["marble", "uniform", "weighted-sum"])
 def test_matched_advantages_have_unit_spread(signals, rows, name):
     method = Method(config(method=name))
-    method.step(rows[2] if method.due() else None, signals)
+    if method.due():
+        method.refresh(rows[2], signals)
+    else:
+        method.advance()
     combined = method.combined(signals)
     assert combined[combined != 0].square().mean().sqrt() == pytest.approx(1, abs=1e-5)
 
 
 def test_folding_divides_by_each_gradients_norm(signals, rows):
     method = Method(config(method="marble"))
-    method.step(rows[2], signals)
+    method.refresh(rows[2], signals)
     norms = rows[2][:REWARDS].double().norm(dim=1)
     expected = method.balancer.alpha / norms
     torch.testing.assert_close(method.balancer.coefficients, expected / expected.sum(), atol=1e-9, rtol=1e-9)
@@ -109,8 +111,29 @@ def test_a_reward_without_signal_does_not_enter_the_published_direction(table, r
     table.scores[:, 0] = 0.5
     signals = signals_of(table, torch.arange(4).repeat_interleave(3), torch.ones(3), std="group")
     assert signals.signal.tolist() == [False, True, True]
-    direction = Method(config(method="published")).step(rows[2], signals)
+    direction = Method(config(method="published")).refresh(rows[2], signals)
     own = rows[2][1:REWARDS].double()
     unit = own / own.norm(dim=1, keepdim=True)
     expected = (min_norm_weights(unit @ unit.T) @ unit) * own.norm(dim=1).mean()
     torch.testing.assert_close(direction.vector.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_last_updates_are_uniform(signals, rows):
+    method = Method(config(method="marble", finish=2, norms="raw", advantage_scale="published"))
+    method.balancer.updates = 5
+    applied = []
+    for _ in range(5):
+        if method.due():
+            method.refresh(rows[2], signals)
+        else:
+            method.advance()
+        applied.append(method.combined(signals))
+    uniform = signals.per_reward.clamp(-5, 5).mean(dim=1)
+    assert [torch.allclose(a, uniform, atol=1e-6) for a in applied] == [False, False, False, True, True]
+
+
+def test_a_missing_score_counts_as_its_groups_mean_in_the_sum():
+    scores = torch.tensor([[0.8, 1.0], [0.8, torch.nan], [0.8, 1.0]], dtype=torch.float64)
+    table = RewardTable(["a", "b"], scores, ~scores.isnan())
+    signals = signals_of(table, torch.zeros(3, dtype=torch.long), torch.ones(2), std="group")
+    assert signals.weighted_sum.abs().max() < 1e-6

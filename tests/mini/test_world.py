@@ -1,20 +1,41 @@
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from marble.mini.build import build_tokenizer
 from marble.mini.font import GLYPHS
 from marble.mini.render import SHAPES, render
-from marble.mini.world import MINI, Spec, Thing
+from marble.mini.world import MINI, Grammar, Spec, Thing
 
 
 def test_captions():
     red = Thing("red", "circle")
-    assert Spec("attribute", (Thing("red", "circle", "small"),)).caption == "a small red circle"
-    assert Spec("count", (red,) * 3).caption == "three red circles"
-    assert Spec("word", word="CAT", colour="blue").caption == 'the word "CAT" in blue'
-    assert Spec("place", place="beach", time="noon", extra="birds").caption == "a beach at noon with birds"
-    two = Spec("position", (red, Thing("blue", "square")), relation="left of")
-    assert two.caption == "a red circle left of a blue square"
+    specs = {
+        "a red circle": Spec("attribute", (red,)),
+        "a small red circle": Spec("attribute", (Thing("red", "circle", "small"),)),
+        "three red circles": Spec("count", (red,) * 3),
+        'the word "CAT" in blue': Spec("word", word="CAT", colour="blue"),
+        "a beach at noon with birds": Spec("place", place="beach", time="noon", extra="birds"),
+        "a red circle left of a blue square": Spec("position", (red, Thing("blue", "square")), relation="left of"),
+    }
+    for caption, spec in specs.items():
+        assert MINI.caption(spec) == caption
+
+
+def test_another_world_has_another_grammar():
+    grammar = Grammar(thing="one {shape}, {colour}", glue=("one",))
+    other = replace(MINI, name="other", grammar=grammar, palette={"teal": (0, 128, 128)}, shapes=("ring",))
+    assert other.caption(other.attribute_specs()[0]) == "one ring, teal"
+    assert {"one", "ring", "teal"} <= set(other.grammar_words)
+    assert "the" not in other.grammar_words
+    assert other.revision == "other 1"
+
+
+def test_the_tokenizer_knows_every_word_of_every_caption():
+    said = {word for pool in MINI.pools.values() for spec in pool for word in re.findall("[a-z]+", MINI.caption(spec))}
+    assert said == set(MINI.grammar_words)
 
 
 def test_what_the_world_names_can_be_drawn_and_written():
@@ -54,5 +75,5 @@ def test_grammar_words_are_single_tokens_and_words_are_spelled():
             assert tokenizer.tokenize(word) == [word + "</w>"]
     spelled = tokenizer.tokenize('the word "CAP" in red')
     assert spelled[2:7] == ['"</w>', "c", "a", "p</w>", '"</w>']
-    longest = max(len(tokenizer(s.caption).input_ids) for pool in MINI.pools.values() for s in pool)
+    longest = max(len(tokenizer(MINI.caption(s)).input_ids) for pool in MINI.pools.values() for s in pool)
     assert longest <= 16

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marble.advantages import group_advantages, has_signal
+from marble.advantages import fill_missing, group_advantages, has_signal
 from marble.balance.balancer import Balancer
 from marble.config import Balance, Config
 from marble.rewards import RewardTable
@@ -32,8 +32,12 @@ class Signals:
 
 
 def signals_of(table: RewardTable, group_ids: Tensor, weights: Tensor, *, std: str) -> Signals:
-    """Advantages of every reward and of their weighted sum; a missing score adds nothing to the sum."""
-    total = (torch.where(table.applies, table.scores, 0.0) * weights).sum(dim=1, keepdim=True)
+    """Advantages of every reward and of their weighted sum.
+
+    Where a reward judges none of a prompt's images it adds nothing to their sums; where it judges some, the others
+    count as their mean.
+    """
+    total = (fill_missing(table.scores, group_ids, table.applies) * weights).sum(dim=1, keepdim=True)
     return Signals(
         group_advantages(table.scores, group_ids, table.applies, std).float(),
         group_advantages(total, group_ids, None, std)[:, 0].float(),
@@ -44,10 +48,10 @@ def signals_of(table: RewardTable, group_ids: Tensor, weights: Tensor, *, std: s
 
 @dataclass(frozen=True)
 class Direction:
-    """The direction of a refresh, and how many times it contains the advantage-free gradient."""
+    """The direction of an update, and the part of it that no advantage enters (None where nobody asked)."""
 
     vector: Tensor  # [P]
-    const: float
+    free: Tensor | None  # [P]
 
 
 class Method:
@@ -96,40 +100,44 @@ class Method:
         some = advantage[advantage != 0]
         return 1 / some.square().mean().sqrt().clamp_min(1e-6) if len(some) else advantage.new_tensor(1.0)
 
-    def step(self, rows: Tensor | None, signals: Signals) -> Direction | None:
-        """Advance by one update.
+    def advance(self) -> None:
+        """Begin an update that is not `due()`."""
+        if self.balancer is not None:
+            self.balancer.step()
+
+    def refresh(self, rows: Tensor, signals: Signals, free: Tensor | None = None) -> Direction | None:
+        """Begin an update that is `due()`, with its gradients, and give its direction.
 
         Args:
-            rows: gradients when `due()`: `[K, P]`, every reward's averaged over the images that it can judge, if
-                `to_the_letter`; else `[K + 1, P]`, every reward's and the advantage-free part's over all images.
+            rows: `[K, P]`, every reward's gradient averaged over the images that it can judge, if `to_the_letter`;
+                else `[K + 1, P]`, every reward's and the advantage-free one, averaged over all images.
             signals: of this epoch.
+            free: `[K, P]`, if `to_the_letter`: the advantage-free parts of `rows`, for a diagnosis.
 
         Returns:
-            The direction of a refresh; None when the update is to use `combined` (after a published refresh in
-            which no reward had a signal there is nothing to apply either).
+            The direction; None after a published refresh in which no reward has a signal. Matched advantages that
+            exceed the objective's bound are clipped in amortised updates, but not here.
         """
-        if self.balancer is None:
-            return None
-        if rows is None:
-            self.balancer.step()
-            return None
+        assert self.balancer is not None
         count = self.balancer.num_rewards
         own = rows[:count].double()
         self.balancer.step(own @ own.T, signals.signal)
         if self.to_the_letter:
-            return self._published(own, signals.signal, rows.dtype)
+            weights = self._published_weights(own.norm(dim=1), signals.signal)
+            if weights is None:
+                return None
+            vector = (weights @ own).to(rows.dtype)
+            return Direction(vector, None if free is None else weights.to(free) @ free)
         weights = self.balancer.coefficients.to(rows)
         clipped = signals.per_reward.clamp(-self.amax, self.amax)
         strength = self._strength(clipped @ weights) if self.match else 1.0
-        return Direction(rows[count] + strength * (weights @ (rows[:count] - rows[count])), 1.0)
+        return Direction(rows[count] + strength * (weights @ (rows[:count] - rows[count])), rows[count])
 
-    def _published(self, own: Tensor, signal: Tensor, dtype: torch.dtype) -> Direction | None:
-        """Fresh weights on normalised gradients, times the mean norm; rewards without a signal take no part."""
+    def _published_weights(self, norms: Tensor, signal: Tensor) -> Tensor | None:
+        """`alpha_k mean|g| / |g_k|` of the fresh solution; rewards without a signal take no part."""
         assert self.balancer is not None
-        norms = own.norm(dim=1)
         used = (norms > 0) & signal
         if self.balancer.solution is None or not used.any():
             return None
         alpha = torch.where(used, self.balancer.solution, 0.0)
-        weights = torch.where(used, alpha / alpha.sum() / norms, 0.0) * norms[used].mean()
-        return Direction((weights @ own).to(dtype), weights.sum().item())
+        return torch.where(used, alpha / alpha.sum() / norms, 0.0) * norms[used].mean()

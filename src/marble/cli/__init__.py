@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print("marble: the disk is full; free some space and go on with: marble train --resume RUN", file=sys.stderr)
+        where = f' "{error.filename}"' if error.filename else ""
+        full = "; a run goes on with marble train --resume RUN" if error.errno == errno.ENOSPC else ""
+        print(f"marble: {error.strerror or error}{where}{full}", file=sys.stderr)
         return EXIT_USER_ERROR
 
 

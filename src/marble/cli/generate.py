@@ -73,8 +73,8 @@ def _check(args: Generate) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise MarbleError(f"--{name}: must be at least 1, got {value}")
-    if args.seed < 0:
-        raise MarbleError(f"--seed: must not be negative, got {args.seed}")
+    if not 0 <= args.seed < 2**63 - args.count:
+        raise MarbleError(f"--seed: must be from 0 to 2**63, got {args.seed}")
     if not args.prompts:
         raise MarbleError("give at least one prompt")
     if args.lora is not None and not (args.lora / "pytorch_lora_weights.safetensors").is_file():
@@ -88,7 +88,6 @@ def _make(policy: Any, args: Generate, model: str, lora: Path | None) -> list[di
     from rich.console import Console
     from rich.progress import track
 
-    args.out.mkdir(parents=True, exist_ok=True)
     given = {"num_inference_steps": args.steps, "height": args.height, "width": args.width}
     call = {name: value for name, value in given.items() if value is not None} | {"guidance_scale": args.guidance}
     jobs = [(p, i) for p in range(len(args.prompts)) for i in range(args.count)]
@@ -96,6 +95,7 @@ def _make(policy: Any, args: Generate, model: str, lora: Path | None) -> list[di
     for p, i in track(jobs, "images", console=Console(stderr=True), disable=args.json):
         image = policy.picture(args.prompts[p], args.seed + i, **call)
         name = f"{p:03d}_{args.seed + i}.png"
+        args.out.mkdir(parents=True, exist_ok=True)
         image.save(args.out / name)
         made.append({"file": name, "prompt": args.prompts[p], "seed": args.seed + i, **call})
     content = {"model": model, "lora": None if lora is None else str(lora), "images": made}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -21,7 +22,7 @@ class Pretrain:
     example: marble mini pretrain --seed 0 --out my-mini
     """
 
-    out: Path
+    out: Path = Path("mini")
     """folder for `model/` (a Diffusers pipeline) and `judges/`; `work/` in it holds what a resumed run needs"""
     seed: int = 0
     only: Literal["model", "judges"] | None = None
@@ -33,7 +34,11 @@ class Pretrain:
 def run(argv: list[str]) -> int:
     """The command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: marble mini pretrain --out DIR [--seed 0] …        marble mini pretrain --help")
+        print(
+            "usage: marble mini pretrain [--seed 0] [--out DIR] …        marble mini pretrain --help\n\n"
+            "Make the embedded model and its judges from scratch.\n\n"
+            "example: marble mini pretrain --seed 0 --out my-mini"
+        )
         return 0
     if argv[0] != "pretrain":
         raise MarbleError(f'unknown command "mini {argv[0]}".{nearest(argv[0], ["pretrain"])} Known: pretrain')
@@ -46,6 +51,8 @@ def run(argv: list[str]) -> int:
     from marble.mini.pretrain import Recipe, pretrain
     from marble.mini.world import MINI
 
+    recipe = Recipe(seed=args.seed).scaled(args.scale)
+    _remember(args.out, {"world": f"{MINI.name} {MINI.version}", "recipe": asdict(recipe), "scale": args.scale})
     if args.only != "model":
         folder = args.out / "judges"
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +61,21 @@ def run(argv: list[str]) -> int:
             if not path.exists():
                 train_judge(MINI, kind, args.seed, path, scale=args.scale)
     if args.only != "judges":
-        pretrain(MINI, Recipe(seed=args.seed).scaled(args.scale), args.out / "work", args.out / "model")
+        pretrain(MINI, recipe, args.out / "work", args.out / "model")
     print(f"made {args.out}", file=sys.stderr)
     return 0
+
+
+def _remember(folder: Path, content: dict[str, Any]) -> None:
+    """Write down what is being made, or refuse to go on with something else's half-made files."""
+    from marble.storage import write_atomic
+
+    path = folder / "recipe.json"
+    if path.exists():
+        if json.loads(path.read_text(encoding="utf-8")) != content:
+            raise MarbleError(
+                f'--out: "{folder}" holds a model of another seed, scale or recipe; choose another folder'
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(content, indent=2))

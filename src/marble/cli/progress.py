@@ -81,6 +81,8 @@ class ProgressDisplay:
         return min(1.0, max(shares))
 
     def _time_left(self, metrics: dict[str, Any]) -> str:
+        if self._share(metrics) >= 1:
+            return "evaluating what was learned …"
         elapsed, done = time.perf_counter() - self.started, metrics["update"] - self._first_update + 1
         left = []
         if self.config.budget.updates:

@@ -32,7 +32,11 @@ def override(values: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
             if not rest:
                 raise MarbleError(f"--{name}: expected a value after it")
             text = rest.pop(0)
-        _put(values, name.replace("-", "_").split("."), _number(yaml.safe_load(text)), name)
+        try:
+            value = _number(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise MarbleError(f"--{name}: cannot read the value {text!r}; put it in quotes: '\"{text}\"'") from error
+        _put(values, name.replace("-", "_").split("."), value, name)
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from marble.config import Config, make_config, read_config
@@ -77,8 +78,13 @@ def _go(config: Config, out: Path, *, resume: bool, as_json: bool) -> int:
     from marble.training import train
 
     check_config(config)
-    with ProgressDisplay(config) as display:
-        result = train(config, out, resume=resume, watch=display)
+    try:
+        with ProgressDisplay(config) as display:
+            result = train(config, out, resume=resume, watch=display)
+    except KeyboardInterrupt:
+        if (out / "config.yaml").is_file():
+            print(f"broken off; go on from the last checkpoint with: {_command()} train --resume {out}")
+        raise
     report = write_report(result)
     evaluation = result.evaluation()
     if as_json:
@@ -87,8 +93,14 @@ def _go(config: Config, out: Path, *, resume: bool, as_json: bool) -> int:
         _print_gains(evaluation)
         print(f"\nreport: {report}\nLoRA:   {out / 'lora'}")
     else:
-        print(f"stopped early; what there is lies in {out}\ngo on with: marble train --resume {out}")
-    return 130 if display.interrupted else 0
+        print(f"stopped early; what there is lies in {out}\ngo on with: {_command()} train --resume {out}")
+    return 0 if "gains" in evaluation else 130
+
+
+def _command() -> str:
+    """How this program was called, for the user to call it again."""
+    own = Path(sys.argv[0])
+    return f"{sys.executable} -m marble" if own.name == "__main__.py" else str(own)
 
 
 def _print_gains(evaluation: dict) -> None:

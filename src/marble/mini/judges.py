@@ -97,7 +97,6 @@ class Judge(nn.Module):
         self.text_mixer = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.text_tower = nn.Sequential(nn.Linear(CAPTION_LENGTH * 48, 192), act(), nn.Linear(192, shape.width))
         self.scale = nn.Parameter(torch.tensor(2.3))
-        self.offset = nn.Parameter(torch.tensor(0.0))
 
     def image(self, pixels: Tensor) -> Tensor:
         """Unit vectors of pictures."""
@@ -165,7 +164,7 @@ def _draw_examples(world: World, seed: int, start: int, count: int) -> tuple[np.
             miss = spoil(miss, rng, heavy=False)
         mild, heavy = spoil(clean, rng, heavy=False), spoil(clean, rng, heavy=True)
         pictures.append(np.stack([clean, miss, mild, heavy, junk_picture(world, rng)]))
-        captions.append(spec.caption)
+        captions.append(world.caption(spec))
     return np.stack(pictures), captions
 
 

@@ -73,7 +73,7 @@ def imperfect_pair(world: World, spec: Spec, rng: np.random.Generator, how: Impe
         image = blur(image, rng.uniform(0.5, how.blur_sigma))
     if rng.random() < how.wash:
         image = wash(image, rng.uniform(how.wash_floor, 0.9), rng.uniform(-12, 25))
-    return image, spec.caption
+    return image, world.caption(spec)
 
 
 def draw_spec(world: World, rng: np.random.Generator) -> Spec:

@@ -153,9 +153,9 @@ def encode_pairs(pipe: Any, world: World, recipe: Recipe, work: Path) -> dict[st
 
 
 def _with_words(pipe: Any, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add the indices of the pairs whose caption asks for a word, told by its first two words."""
-    start = tokenize(pipe.tokenizer, ["the word"])[0, :3]
-    return data | {"words": (data["ids"][:, :3] == start).all(dim=1).nonzero().flatten()}
+    """Add the indices of the pairs whose caption asks for a word: those with a quotation mark."""
+    mark = tokenize(pipe.tokenizer, ['"'])[0, 1]
+    return data | {"words": (data["ids"] == mark).any(dim=1).nonzero().flatten()}
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from marble.prompts import Record
 _HELD_OUT_SHARE = {"place": 1 / 3, "attribute": 1 / 5, "count": 1 / 5, "position": 1 / 5}
 
 
-def to_record(spec: Spec, source: str) -> Record:
+def to_record(spec: Spec, source: str, world: World = MINI) -> Record:
     """A spec as a prompt with its targets."""
     targets: dict = {}
     if spec.word:
@@ -20,7 +20,7 @@ def to_record(spec: Spec, source: str) -> Record:
         targets["objects"] = object_targets(spec.things)
     if spec.relation:
         targets["relation"] = [spec.relation, 0, 1]
-    return Record(spec.caption, source, targets)
+    return Record(world.caption(spec), source, targets)
 
 
 def _split(specs: list[Spec], split: str) -> list[Spec]:
@@ -32,14 +32,14 @@ def _split(specs: list[Spec], split: str) -> list[Spec]:
 
 def places(split: str, world: World = MINI) -> list[Record]:
     """Plain scenes."""
-    return [to_record(spec, "places") for spec in _split(world.place_specs(), split)]
+    return [to_record(spec, "places", world) for spec in _split(world.place_specs(), split)]
 
 
 def words(split: str, world: World = MINI) -> list[Record]:
     """Words to render; the held-out split has words that the other lacks."""
     specs = world.word_specs(world.held_out_words if split == "held-out" else world.words)
     order = np.random.default_rng(len(specs)).permutation(len(specs))
-    return [to_record(specs[i], "words") for i in order]
+    return [to_record(specs[i], "words", world) for i in order]
 
 
 def objects(split: str, world: World = MINI) -> list[Record]:
@@ -47,7 +47,7 @@ def objects(split: str, world: World = MINI) -> list[Record]:
     kinds = [_split(specs, split) for specs in (world.attribute_specs(), world.count_specs(), world.position_specs())]
     longest = min(len(kinds[2]), 4 * len(kinds[0]))
     return [
-        to_record(kind[i % len(kind)], "objects")
+        to_record(kind[i % len(kind)], "objects", world)
         for i in range(longest)
         for kind in kinds
         if i < len(kind) or split == "train"

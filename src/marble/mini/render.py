@@ -139,7 +139,7 @@ def place_things(world: World, spec: Spec, rng: np.random.Generator, variety: fl
                     break
         if len(spots) == count and (not spec.relation or _related(spots[0], spots[1], spec.relation)):
             return spots
-    raise RuntimeError(f"no room for {spec.caption!r}")
+    raise RuntimeError(f"no room for {world.caption(spec)!r}")
 
 
 def _related(a: Spot, b: Spot, relation: str) -> bool:

@@ -47,6 +47,7 @@ class Aesthetic(Reward):
     """
 
     name = "aesthetic"
+    revision = MINI.revision
     about = "closed form: clean × colour in a band × crisp edges and light falling off to the corners; 0 to 0.1"
 
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
@@ -93,7 +94,7 @@ class TextRendering(Reward):
     about = "specialist for words: 1 − edit distance / length of what a template reader reads; 0 to 1"
 
     def __init__(self, world: World = MINI) -> None:
-        self.reader = WordReader(world)
+        self.revision, self.reader = world.revision, WordReader(world)
 
     def applies(self, record: Record) -> bool:
         """Only where a text is asked for."""
@@ -122,7 +123,7 @@ class Composition(Reward):
     ONLY_SHAPE = 0.2
 
     def __init__(self, world: World = MINI) -> None:
-        self.finder = ThingFinder(world)
+        self.revision, self.finder = world.revision, ThingFinder(world)
 
     def applies(self, record: Record) -> bool:
         """Only where objects are asked for."""
@@ -163,7 +164,7 @@ class _Judged(Reward):
     kind: str
 
     def __init__(self, world: World = MINI, folder: Path = JUDGES) -> None:
-        self.world, self.folder = world, folder
+        self.revision, self.world, self.folder = world.revision, world, folder
         self._texts: dict[str, Tensor] = {}
 
     @cached_property
@@ -211,6 +212,7 @@ class Diversity(Reward):
     """
 
     name = "diversity"
+    revision = MINI.revision
     groupwise = True
     about = "groupwise: mean RMS distance of an image's 5×5 layout to the others of its prompt; 0 to about 0.2"
 

@@ -15,12 +15,26 @@ import numpy as np
 
 RGB = tuple[int, int, int]
 
-RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-COUNTS = {"two": 2, "three": 3, "four": 4}
-SIZES = ("small", "large")
+"""The relations that there are, each with its opposite. How a caption says them is up to the grammar."""
 
-KINDS = ("place", "attribute", "position", "count", "word")
+
+@dataclass(frozen=True)
+class Grammar:
+    """How captions are put: templates, and the words for what every world has."""
+
+    place: str = "a {place} at {time}"
+    extra: str = " with {extra}"
+    word: str = 'the word "{word}" in {colour}'
+    count: str = "{number} {colour} {shape}s"
+    thing: str = "a {colour} {shape}"
+    sized_thing: str = "a {size} {colour} {shape}"
+    position: str = "{one} {relation} {two}"
+    relations: tuple[tuple[str, str], ...] = tuple((name, name) for name in OPPOSITE)  # (relation, words for it)
+    counts: tuple[tuple[str, int], ...] = (("two", 2), ("three", 3), ("four", 4))
+    sizes: tuple[tuple[str, str], ...] = (("small", "small"), ("large", "large"))  # (size, word for it)
+    glue: tuple[str, ...] = ("a", "the", "word", "in", "at", "with", "left", "right", "of", "above", "below")
+    """Every fixed word of the templates and relations, in the order in which the tokenizer numbers them."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +59,6 @@ class Spec:
     time: str = ""
     extra: str = ""
 
-    @property
-    def caption(self) -> str:
-        """The caption in the world's grammar."""
-        if self.kind == "place":
-            tail = f" with {self.extra}" if self.extra else ""
-            return f"a {self.place} at {self.time}{tail}"
-        if self.kind == "word":
-            return f'the word "{self.word}" in {self.colour}'
-        if self.kind == "count":
-            number = {value: name for name, value in COUNTS.items()}.get(len(self.things), str(len(self.things)))
-            return f"{number} {self.things[0].colour} {self.things[0].shape}s"
-        named = [" ".join(filter(None, ("a", t.size, t.colour, t.shape))) for t in self.things]
-        return f" {self.relation} ".join(named)
-
 
 @dataclass(frozen=True)
 class World:
@@ -75,6 +75,7 @@ class World:
     places: tuple[str, ...]
     times: tuple[str, ...]
     extras: tuple[str, ...]
+    grammar: Grammar = Grammar()
     size: int = 64  # pixels, both ways
     letter_scale: int = 3  # pixels per dot of the 5×7 font
     letter_gap: int = 3  # pixels between letters
@@ -89,12 +90,50 @@ class World:
         """Pixels from the left edge of a letter to that of the next."""
         return 5 * self.letter_scale + self.letter_gap
 
+    @property
+    def revision(self) -> str:
+        """Name and version, as written beside every number that was made with this world."""
+        return f"{self.name} {self.version}"
+
+    def caption(self, spec: Spec) -> str:
+        """The caption of `spec` in this world's grammar."""
+        grammar = self.grammar
+        if spec.kind == "place":
+            tail = grammar.extra.format(extra=spec.extra) if spec.extra else ""
+            return grammar.place.format(place=spec.place, time=spec.time) + tail
+        if spec.kind == "word":
+            return grammar.word.format(word=spec.word, colour=spec.colour)
+        if spec.kind == "count":
+            number = {value: name for name, value in grammar.counts}.get(len(spec.things), str(len(spec.things)))
+            return grammar.count.format(number=number, colour=spec.things[0].colour, shape=spec.things[0].shape)
+        named = [self._name(thing) for thing in spec.things]
+        if not spec.relation:
+            return named[0]
+        relation = dict(grammar.relations)[spec.relation]
+        return grammar.position.format(one=named[0], relation=relation, two=named[1])
+
+    def _name(self, thing: Thing) -> str:
+        if not thing.size:
+            return self.grammar.thing.format(colour=thing.colour, shape=thing.shape)
+        size = dict(self.grammar.sizes)[thing.size]
+        return self.grammar.sized_thing.format(size=size, colour=thing.colour, shape=thing.shape)
+
     @cached_property
     def grammar_words(self) -> tuple[str, ...]:
         """Every word that a caption can contain, the words to render left out: the tokenizer's whole tokens."""
         plurals = [shape + "s" for shape in self.shapes]
-        fixed = ["a", "the", "word", "in", "at", "with", "left", "right", "of", "above", "below"]
-        pools = (fixed, SIZES, COUNTS, self.palette, self.shapes, plurals, self.places, self.times, self.extras)
+        sizes, counts = [word for _, word in self.grammar.sizes], [word for word, _ in self.grammar.counts]
+        pools = (
+            self.grammar.glue,
+            sizes,
+            counts,
+            self.palette,
+            self.shapes,
+            plurals,
+            self.places,
+            self.times,
+            self.extras,
+        )
         return tuple(dict.fromkeys(itertools.chain.from_iterable(pools)))
 
     @cached_property
@@ -119,19 +158,19 @@ class World:
 
     def attribute_specs(self) -> list[Spec]:
         """Every single object, with and without a size."""
-        pool = itertools.product(("", *SIZES), self.palette, self.shapes)
+        pool = itertools.product(("", *dict(self.grammar.sizes)), self.palette, self.shapes)
         return [Spec("attribute", (Thing(c, s, size),)) for size, c, s in pool]
 
     def count_specs(self) -> list[Spec]:
         """Two to four alike objects."""
-        pool = itertools.product(COUNTS.values(), self.palette, self.shapes)
+        pool = itertools.product(dict(self.grammar.counts).values(), self.palette, self.shapes)
         return [Spec("count", (Thing(c, s),) * n) for n, c, s in pool]
 
     def position_specs(self) -> list[Spec]:
         """Two objects that differ in colour and shape, in every relation."""
         kinds = list(itertools.product(self.palette, self.shapes))
         pairs = [(a, b) for a, b in itertools.permutations(kinds, 2) if a[0] != b[0] and a[1] != b[1]]
-        return [Spec("position", (Thing(*a), Thing(*b)), relation=r) for a, b in pairs for r in RELATIONS]
+        return [Spec("position", (Thing(*a), Thing(*b)), relation=r) for a, b in pairs for r in OPPOSITE]
 
     def word_specs(self, words: tuple[str, ...] | None = None) -> list[Spec]:
         """The given words (those for training, if none are given) in every colour."""

@@ -12,7 +12,7 @@ from marble.objectives.affine import AffineLoss
 from marble.objectives.nft import nft_loss
 from marble.policy import Policy
 from marble.rollout import Rollout
-from marble.seeds import generator
+from marble.seeds import derive, generator
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,8 @@ def plan_epoch(
     plan = []
     for u, (part, at) in enumerate(zip(images.tensor_split(updates), steps.tensor_split(updates), strict=True)):
         pieces = zip(part.split(micro_batch), at.split(micro_batch), strict=True)
-        plan.append([Visits(i, s, hash_seed(seed, epoch, u, m)) for m, (i, s) in enumerate(pieces)])
+        plan.append([Visits(i, s, derive(seed, "noise", epoch, u, m)) for m, (i, s) in enumerate(pieces)])
     return plan
-
-
-def hash_seed(seed: int, epoch: int, update: int, micro_batch: int) -> int:
-    """The seed of one micro-batch's noise."""
-    return generator(seed, "noise", epoch, update, micro_batch).initial_seed()
 
 
 def visit_loss(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from marble.prompts.record import Record
+from marble.rules import split_by_share
 from marble.seeds import derive, generator
 
 
@@ -56,13 +57,3 @@ class PromptMixture:
         number = len(prompts) * self.group_size
         seeds = [derive(self.seed, "image", epoch, n) % 2**32 for n in range(number)]
         return PromptBatch(prompts, self.group_size, seeds)
-
-
-def split_by_share(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in the proportions of `shares` that sum to `total` (largest remainders first)."""
-    exact = [share * total / sum(shares) for share in shares]
-    counts = [int(x) for x in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - exact[i])
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts

@@ -7,15 +7,9 @@ from pathlib import Path
 
 from marble.errors import MarbleError
 from marble.prompts.record import Record
-from marble.registry import resolve
+from marble.registry import is_file, resolve
 
-SPLITS = ("train", "held-out")
 _FILE_SHARE_HELD_OUT = 5  # every fifth line of a file is held out
-
-
-def is_file(source: str) -> bool:
-    """Whether a source is named by the path of a `.txt` or `.jsonl` file."""
-    return source.endswith((".txt", ".jsonl"))
 
 
 def load_source(source: str, split: str) -> list[Record]:

@@ -151,7 +151,7 @@ def _curves(rows: list[dict[str, Any]], paint: dict[str, str], held_out: list[st
     points: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in row.get("held_out", {}).items():
-            if value == value:  # not NaN
+            if value is not None:
                 points.setdefault(name, []).append((row["update"], value))
     if not points or max(map(len, points.values())) < 2:
         return ""

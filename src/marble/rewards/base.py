@@ -25,6 +25,8 @@ class Reward:
     """Whether `score` judges the images of one prompt together (it is then called once a group)."""
     wants_floats: bool = False
     """Images come as uint8 so that local and remote scores agree; set this to get floats in [0, 1]."""
+    revision: str = ""
+    """What exactly scored: a model's revision, a world's version. Written into `evaluation.json`."""
     about: str = ""
     """One line for `marble list rewards`."""
 
@@ -63,7 +65,13 @@ def load_rewards(names: Sequence[str]) -> list[Reward]:
     rewards = []
     for name in names:
         reward = resolve("reward", name)
-        rewards.append(reward() if isinstance(reward, type) else reward)
+        reward = reward() if isinstance(reward, type) else reward
+        missing = [part for part in ("name", "applies", "score") if not hasattr(reward, part)]
+        if missing:
+            raise MarbleError(
+                f'reward "{name}" is no reward: it has no {", ".join(missing)}; derive it from marble.Reward'
+            )
+        rewards.append(reward)
     own = [reward.name for reward in rewards]
     if twice := sorted({name for name in own if own.count(name) > 1}):
         raise MarbleError(f"rewards: {', '.join(twice)} given more than once")
@@ -82,7 +90,10 @@ def score_images(
         group_ids: `[N]` int64, images of one prompt share a number.
 
     Returns:
-        The table, on the CPU.
+        The table, on the CPU; a score that is not finite counts as missing.
+
+    Raises:
+        MarbleError: a reward does not return one number an image.
     """
     as_bytes = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     scores = torch.full((len(images), len(rewards)), torch.nan, dtype=torch.float64)
@@ -95,6 +106,12 @@ def score_images(
         for part in parts:
             chosen = part.nonzero().flatten()
             if len(chosen):
-                result = reward.score(pictures[chosen], [records[i] for i in chosen.tolist()])
-                scores[chosen, k] = result.detach().to("cpu", torch.float64)
+                result = torch.as_tensor(reward.score(pictures[chosen], [records[i] for i in chosen.tolist()]))
+                if result.shape != (len(chosen),):
+                    raise MarbleError(
+                        f"reward {reward.name}: score() must return one number an image, [{len(chosen)}], "
+                        f"got shape {list(result.shape)}"
+                    )
+                result = result.detach().to("cpu", torch.float64)
+                scores[chosen, k] = torch.where(result.isfinite(), result, torch.nan)
     return RewardTable([reward.name for reward in rewards], scores, ~scores.isnan())
