@@ -176,7 +176,7 @@ def test_diversity_of_a_group(rng):
     static = stack([HACKS["noise"](rng) for _ in range(6)])
     tints = stack([HACKS["flat saturation"](rng) for _ in range(6)])
     marks = [reward.score(images, record).mean().item() for images in (varied, timid, static, tints, same)]
-    assert marks[0] > marks[1] > marks[2] > 0.01
+    assert marks[0] > marks[1] > 2 * marks[2]
     assert max(marks[3:]) < 1e-6
     # duplicates lower the mark of those duplicated, not of the odd one out
     odd = torch.cat([varied[:1].expand(5, -1, -1, -1), varied[1:2]])

@@ -29,8 +29,10 @@ from marble.rewards import Reward
 
 GENERAL = 0.1
 """Full marks of the general rewards, of which the specialists' are 1."""
-THUMBNAIL = 5
-"""Side of the thumbnails that diversity compares: coarse enough to average noise away."""
+MAP = 5
+"""Side of the maps that diversity compares: coarse enough to average grain away."""
+FAINT = 0.1
+"""Difference of neighbouring patches (RGB in 0 to 1) up to which diversity sees no edge."""
 JUDGES = Path(str(files("marble.mini"))) / "weights" / "judges"
 
 
@@ -206,22 +208,26 @@ class SecondAlignment(_Judged):
 
 
 class Diversity(Reward):
-    """How far a picture's layout is from the others of its prompt: mean RMS distance of 5×5 thumbnails.
+    """How far the layout of a picture's outlines is from the others of its prompt: mean RMS distance of coarse maps.
 
-    Thumbnails average noise away, and their mean colour is taken out, so neither grain nor flat tints count.
+    The maps are 5×5, of the strength of edges between overlapping 8×8 patches, faint ones left out, with their mean
+    taken out: grain averages away, tints and flat colours have no edges, blur has faint ones.
     """
 
     name = "diversity"
     revision = MINI.revision
     groupwise = True
-    about = "groupwise: mean RMS distance of an image's 5×5 layout to the others of its prompt; 0 to about 0.2"
+    about = "groupwise: mean RMS distance of an image's 5×5 map of outlines to the others of its prompt; 0 to about 0.1"
 
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
         """`[G]`, 0 for a group of one."""
         if len(images) < 2:
             return torch.zeros(len(images))
-        layout = F.adaptive_avg_pool2d(images.float() / 255, THUMBNAIL).flatten(2)
-        layout = (layout - layout.mean(dim=2, keepdim=True)).flatten(1)
+        small = F.avg_pool2d(images.float() / 255, 8, stride=4)
+        across, down = small[:, :, 1:, 1:] - small[:, :, 1:, :-1], small[:, :, 1:, 1:] - small[:, :, :-1, 1:]
+        edges = (across.square() + down.square()).sum(dim=1, keepdim=True).sqrt()
+        layout = F.adaptive_avg_pool2d((edges - FAINT).clamp_min(0), MAP).flatten(1)
+        layout = layout - layout.mean(dim=1, keepdim=True)
         distance = (layout[:, None] - layout[None]).square().mean(dim=2).sqrt()
         return distance.sum(dim=1) / (len(images) - 1)
 

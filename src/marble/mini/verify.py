@@ -25,7 +25,7 @@ _LIGHTS = (1.06, 0.88, 0.7)
 _MASK = 16  # side of the grid on which outlines are compared
 _LEAST_AREA = 28  # pixels; anything smaller is a speck
 _LARGEST_SHARE = 0.5
-WHOLE = (0.62, 0.86)
+WHOLE = (0.5, 0.8)
 """Overlap with a shape's outline at which an object begins to count, and at which it counts in full."""
 
 
