@@ -35,23 +35,23 @@ class Recipe:
     vae_steps: int = 2400
     vae_batch: int = 24
     pairs: int = 80_000
-    steps: int = 5000
+    steps: int = 6000
     batch: int = 64
     muon_lr: float = 2.5e-3
     adam_lr: float = 1e-3
     warmup: int = 200
-    cooldown: int = 1500
+    cooldown: int = 1500  # the learning rate falls to 0 over so many steps before `objects_from`
     ema: float = 0.999
     caption_dropout: float = 0.1
     stock_every: int = 10
-    words_from: int = 2500  # from this step on, `word_share` of every batch are words: they are learned last
-    word_share: float = 0.5
+    words_from: int = 2500  # from this step on half of every batch are words, which are learned late
+    objects_from: int = 5000  # from this step on, at half the learning rate, 60% objects and 30% words
     save_every: int = 500
     imperfection: Imperfection = field(default_factory=Imperfection)
 
     def scaled(self, share: float) -> Recipe:
         """The same with fewer steps and pictures."""
-        names = ("vae_steps", "pairs", "steps", "warmup", "cooldown", "save_every", "words_from")
+        names = ("vae_steps", "pairs", "steps", "warmup", "cooldown", "save_every", "words_from", "objects_from")
         return replace(self, **{name: max(1, round(getattr(self, name) * share)) for name in names})
 
 
@@ -132,7 +132,7 @@ def encode_pairs(pipe: Any, world: World, recipe: Recipe, work: Path) -> dict[st
     """All training pairs as latents (half precision) and token ids `[pairs, 16]` of both tokenizers."""
     path = work / "pairs.safetensors"
     if path.exists():
-        return _with_words(pipe, load_tree(path))
+        return _by_kind(pipe, world, load_tree(path))
     vae, chunk = pipe.vae, 500
     latents: list[torch.Tensor] = []
     ids: list[torch.Tensor] = []
@@ -149,13 +149,18 @@ def encode_pairs(pipe: Any, world: World, recipe: Recipe, work: Path) -> dict[st
             bar.update(task, advance=len(captions))
     data = {"latents": torch.cat(latents), "ids": torch.cat(ids), "ids_2": torch.cat(ids_2)}
     save_tree(path, data)
-    return _with_words(pipe, data)
+    return _by_kind(pipe, world, data)
 
 
-def _with_words(pipe: Any, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add the indices of the pairs whose caption asks for a word: those with a quotation mark."""
-    mark = tokenize(pipe.tokenizer, ['"'])[0, 1]
-    return data | {"words": (data["ids"] == mark).any(dim=1).nonzero().flatten()}
+def _by_kind(pipe: Any, world: World, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add the indices of the pairs whose caption asks for a word (a quotation mark), and for objects (a shape)."""
+
+    def holds(*words: str) -> torch.Tensor:
+        marks = tokenize(pipe.tokenizer, list(words))[:, 1]
+        return torch.isin(data["ids"], marks).any(dim=1).nonzero().flatten()
+
+    shapes = [shape + end for shape in world.shapes for end in ("", "s")]
+    return data | {"words": holds('"'), "objects": holds(*shapes)}
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
@@ -178,7 +183,7 @@ def encode_captions(
 
 
 class _Optimizers:
-    """Muon for the matrices inside the blocks, AdamW for the rest; one schedule: warm up, hold, fall straight to 0."""
+    """Muon for the matrices inside the blocks, AdamW for the rest; warm up, hold, fall to 0, and a second round."""
 
     def __init__(self, modules: torch.nn.ModuleDict, recipe: Recipe) -> None:
         inside: list[torch.nn.Parameter] = []
@@ -194,7 +199,12 @@ class _Optimizers:
         self.recipe = recipe
 
     def step(self, step: int) -> None:
-        share = min(1.0, (step + 1) / self.recipe.warmup, (self.recipe.steps - step) / self.recipe.cooldown)
+        recipe = self.recipe
+        if step < recipe.objects_from:
+            share = min(1.0, (step + 1) / recipe.warmup, (recipe.objects_from - step) / recipe.cooldown)
+        else:
+            done = (step - recipe.objects_from) / (recipe.steps - recipe.objects_from)
+            share = 0.5 * min(1.0, 20 * done, 1 - done)
         for part, lr in zip(self.parts, self.base, strict=True):
             for group in part.param_groups:
                 group["lr"] = lr * share
@@ -247,11 +257,13 @@ def _flow_matching_loss(
     stock = step % recipe.stock_every == recipe.stock_every - 1
     count = recipe.batch // 4 if stock else recipe.batch
     chosen = torch.from_numpy(rng.integers(len(data["latents"]), size=count))
+    words, objects = (0.5, 0.0) if step < recipe.objects_from else (0.3, 0.6)
     if step >= recipe.words_from:
-        words = data["words"]
-        chosen[: round(recipe.word_share * count)] = words[
-            torch.from_numpy(rng.integers(len(words), size=round(recipe.word_share * count)))
-        ]
+        at = 0
+        for pool, share in ((data["words"], words), (data["objects"], objects)):
+            number = round(share * count)
+            chosen[at : at + number] = pool[torch.from_numpy(rng.integers(len(pool), size=number))]
+            at += number
     x0 = data["latents"][chosen].float()
     ids, ids_2 = data["ids"][chosen], data["ids_2"][chosen]
     dropped = torch.from_numpy(rng.random(count) < recipe.caption_dropout)[:, None]
