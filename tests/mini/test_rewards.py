@@ -144,8 +144,8 @@ RED, BLUE = Thing("red", "circle"), Thing("blue", "square")
     ("asked", "drawn", "low", "high"),
     [
         (Spec("attribute", (RED,)), Spec("attribute", (RED,)), 0.95, 1.0),
-        (Spec("attribute", (RED,)), Spec("attribute", (Thing("red", "square"),)), 0.3, 0.36),
-        (Spec("attribute", (RED,)), Spec("attribute", (Thing("blue", "circle"),)), 0.15, 0.21),
+        (Spec("attribute", (RED,)), Spec("attribute", (Thing("red", "square"),)), 0.37, 0.41),
+        (Spec("attribute", (RED,)), Spec("attribute", (Thing("blue", "circle"),)), 0.27, 0.31),
         (Spec("attribute", (RED,)), Spec("attribute", (BLUE,)), 0.0, 0.0),
         (Spec("attribute", (RED,)), Spec("count", (RED,) * 2), 0.45, 0.5),
         (Spec("count", (RED,) * 3), Spec("count", (RED,) * 3), 0.95, 1.0),

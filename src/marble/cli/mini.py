@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
     from marble.mini.world import MINI
 
     recipe = Recipe(seed=args.seed).scaled(args.scale)
-    _remember(args.out, {"world": f"{MINI.name} {MINI.version}", "recipe": asdict(recipe), "scale": args.scale})
+    _remember(args.out, {"world": MINI.revision, "recipe": asdict(recipe), "scale": args.scale})
     if args.only != "model":
         folder = args.out / "judges"
         folder.mkdir(parents=True, exist_ok=True)

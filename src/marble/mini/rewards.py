@@ -121,8 +121,8 @@ class Composition(Reward):
 
     name = "composition"
     about = "specialist for objects: whole objects of the right shape, colour, number and place; 0 to 1"
-    ONLY_COLOUR = 0.35
-    ONLY_SHAPE = 0.2
+    ONLY_COLOUR = 0.4
+    ONLY_SHAPE = 0.3
 
     def __init__(self, world: World = MINI) -> None:
         self.revision, self.finder = world.revision, ThingFinder(world)
