@@ -177,9 +177,9 @@ class _Judged(Reward):
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
         """`[N]` in 0 to 0.125."""
         judge, low, high = self._judge
-        new = sorted({r.text for r in records} - self._texts.keys())
-        if new:
-            self._texts |= dict(zip(new, judge.text(CaptionIds(self.world)(new)), strict=True))
+        for caption in {r.text for r in records} - self._texts.keys():
+            # one by one: in a batch the last bits would depend on what else is in it, and a resumed run asks otherwise
+            self._texts[caption] = judge.text(CaptionIds(self.world)([caption]))[0]
         text = torch.stack([self._texts[r.text] for r in records])
         cosine = (judge.image(images.float() / 255) * text).sum(dim=1)
         return GENERAL * _ramp(cosine, low, high + 0.25 * (high - low)) * 1.25
