@@ -27,7 +27,7 @@ from marble.mini.world import MINI, World
 from marble.prompts import Record
 from marble.rewards import Reward
 
-GENERAL = 0.1
+GENERAL = 0.06
 """Full marks of the general rewards, of which the specialists' are 1."""
 MAP = 5
 """Side of the maps that diversity compares: coarse enough to average grain away."""
@@ -50,10 +50,10 @@ class Aesthetic(Reward):
 
     name = "aesthetic"
     revision = MINI.revision
-    about = "closed form: clean × colour in a band × crisp edges and light falling off to the corners; 0 to 0.1"
+    about = "closed form: clean × colour in a band × crisp edges and light falling off to the corners; 0 to 0.06"
 
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
-        """`[N]` in 0 to 0.1."""
+        """`[N]` in 0 to `GENERAL`."""
         pixels = images.float() / 255
         return GENERAL * self.factors(pixels).prod(dim=1)
 
@@ -175,7 +175,7 @@ class _Judged(Reward):
 
     @torch.no_grad()
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
-        """`[N]` in 0 to 0.125."""
+        """`[N]` in 0 to 1.25 `GENERAL`."""
         judge, low, high = self._judge
         for caption in {r.text for r in records} - self._texts.keys():
             # one by one: in a batch the last bits would depend on what else is in it, and a resumed run asks otherwise
@@ -189,14 +189,14 @@ class Alignment(_Judged):
     """Does the picture show what the caption says, by a contrastive judge."""
 
     name = kind = "alignment"
-    about = "learned: contrastive text-image judge, junk 0, right pictures about 0.1"
+    about = "learned: contrastive text-image judge, junk 0, right pictures about 0.06"
 
 
 class Preference(_Judged):
     """Would it be preferred among pictures for this caption, by a judge trained on ordered pairs."""
 
     name = kind = "preference"
-    about = "learned: Bradley-Terry judge of pictures for a caption, junk 0, right pictures about 0.1"
+    about = "learned: Bradley-Terry judge of pictures for a caption, junk 0, right pictures about 0.06"
 
 
 class SecondAlignment(_Judged):
@@ -204,7 +204,7 @@ class SecondAlignment(_Judged):
 
     name = "second-alignment"
     kind = "second"
-    about = "learned: an alignment judge trained apart, never trained on; junk 0, right pictures about 0.1"
+    about = "learned: an alignment judge trained apart, never trained on; junk 0, right pictures about 0.06"
 
 
 class Diversity(Reward):
