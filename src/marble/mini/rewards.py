@@ -3,8 +3,7 @@
 Three general ones (aesthetic, alignment, preference) judge every picture, two specialists (text,
 composition) only pictures of their own prompts; diversity judges groups; a second alignment judge is kept
 for evaluation. The general ones are scaled by `GENERAL`, so that within the images of one prompt they
-spread by a few hundredths where the specialists spread by a few tenths, as PickScore/26, CLIPScore and HPS
-do beside OCR and GenEval.
+spread about a fifteenth as far as the specialists, as PickScore/26, CLIPScore and HPS do beside OCR and GenEval.
 """
 
 from __future__ import annotations
