@@ -144,8 +144,8 @@ RED, BLUE = Thing("red", "circle"), Thing("blue", "square")
     ("asked", "drawn", "low", "high"),
     [
         (Spec("attribute", (RED,)), Spec("attribute", (RED,)), 0.95, 1.0),
-        (Spec("attribute", (RED,)), Spec("attribute", (Thing("red", "square"),)), 0.37, 0.41),
-        (Spec("attribute", (RED,)), Spec("attribute", (Thing("blue", "circle"),)), 0.27, 0.31),
+        (Spec("attribute", (RED,)), Spec("attribute", (Thing("red", "square"),)), 0.46, 0.51),
+        (Spec("attribute", (RED,)), Spec("attribute", (Thing("blue", "circle"),)), 0.32, 0.36),
         (Spec("attribute", (RED,)), Spec("attribute", (BLUE,)), 0.0, 0.0),
         (Spec("attribute", (RED,)), Spec("count", (RED,) * 2), 0.45, 0.5),
         (Spec("count", (RED,) * 3), Spec("count", (RED,) * 3), 0.95, 1.0),
@@ -186,7 +186,7 @@ def test_diversity_of_a_group(rng):
 
 
 def test_native_scales_are_those_of_the_real_ones(specs, records):
-    """Within a prompt general rewards spread by a few hundredths, specialists by tenths."""
+    """Within a prompt general rewards spread by about a hundredth, specialists by tenths."""
     rng = np.random.default_rng(8)
     spread = {}
     for kind in (Aesthetic, Alignment, Preference, TextRendering, Composition):
@@ -198,7 +198,7 @@ def test_native_scales_are_those_of_the_real_ones(specs, records):
                 stds.append(reward.score(stack(pictures), [record] * 4).double().std(correction=0).item())
         spread[kind.name] = np.mean(stds)
     for name in ("aesthetic", "alignment", "preference"):
-        assert 0.008 < spread[name] < 0.05, spread
+        assert 0.003 < spread[name] < 0.03, spread
     for name in ("text", "composition"):
         assert 0.1 < spread[name] < 0.5, spread
 

@@ -3,7 +3,7 @@
 Three general ones (aesthetic, alignment, preference) judge every picture, two specialists (text,
 composition) only pictures of their own prompts; diversity judges groups; a second alignment judge is kept
 for evaluation. The general ones are scaled by `GENERAL`, so that within the images of one prompt they
-spread about a fifteenth as far as the specialists, as PickScore/26, CLIPScore and HPS do beside OCR and GenEval.
+spread about a twentieth as far as the specialists, as PickScore/26, CLIPScore and HPS do beside OCR and GenEval.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from marble.mini.world import MINI, World
 from marble.prompts import Record
 from marble.rewards import Reward
 
-GENERAL = 0.06
+GENERAL = 0.045
 """Full marks of the general rewards, of which the specialists' are 1."""
 MAP = 5
 """Side of the maps that diversity compares: coarse enough to average grain away."""
@@ -49,7 +49,7 @@ class Aesthetic(Reward):
 
     name = "aesthetic"
     revision = MINI.revision
-    about = "closed form: clean × colour in a band × crisp edges and light falling off to the corners; 0 to 0.06"
+    about = "closed form: clean × colour in a band × crisp edges and light falling off to the corners; 0 to 0.045"
 
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
         """`[N]` in 0 to `GENERAL`."""
@@ -120,8 +120,8 @@ class Composition(Reward):
 
     name = "composition"
     about = "specialist for objects: whole objects of the right shape, colour, number and place; 0 to 1"
-    ONLY_COLOUR = 0.4
-    ONLY_SHAPE = 0.3
+    ONLY_COLOUR = 0.5
+    ONLY_SHAPE = 0.35
 
     def __init__(self, world: World = MINI) -> None:
         self.revision, self.finder = world.revision, ThingFinder(world)
@@ -188,14 +188,14 @@ class Alignment(_Judged):
     """Does the picture show what the caption says, by a contrastive judge."""
 
     name = kind = "alignment"
-    about = "learned: contrastive text-image judge, junk 0, right pictures about 0.06"
+    about = "learned: contrastive text-image judge, junk 0, right pictures about 0.045"
 
 
 class Preference(_Judged):
     """Would it be preferred among pictures for this caption, by a judge trained on ordered pairs."""
 
     name = kind = "preference"
-    about = "learned: Bradley-Terry judge of pictures for a caption, junk 0, right pictures about 0.06"
+    about = "learned: Bradley-Terry judge of pictures for a caption, junk 0, right pictures about 0.045"
 
 
 class SecondAlignment(_Judged):
@@ -203,7 +203,7 @@ class SecondAlignment(_Judged):
 
     name = "second-alignment"
     kind = "second"
-    about = "learned: an alignment judge trained apart, never trained on; junk 0, right pictures about 0.06"
+    about = "learned: an alignment judge trained apart, never trained on; junk 0, right pictures about 0.045"
 
 
 class Diversity(Reward):
