@@ -73,7 +73,7 @@ def test_no_rewards(demo):
         ("optimizer", {"betas": [2, 0]}, "optimizer.betas.0: input should be less than 1, got 2"),
         ("optimizer", {"lr": float("inf")}, "optimizer.lr: input should be a finite number, got inf"),
         ("optimizer", {"updates_per_epoch": 10_000}, "use 432"),
-        ("balance", {"finish": 200}, "less than budget.updates = 150"),
+        ("balance", {"finish": 200}, "less than budget.updates = 180"),
         ("budget", {"updates": None}, "give updates, minutes or both"),
         ("evaluation", {"early_stop": "diversity", "every": 0}, "needs evaluation.every > 0"),
     ],
