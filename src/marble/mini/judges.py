@@ -233,8 +233,9 @@ def train_judge(world: World, kind: str, seed: int, path: Path, *, scale: float 
         schedule.step()
     with torch.no_grad():
         judge.eval()
-        vision = judge.image(pictures[:400].flatten(0, 1).float() / 255).view(400, 5, -1)
-        cosine = (vision * judge.text(captions[:400])[:, None]).sum(-1)
+        some = min(400, len(captions))
+        vision = judge.image(pictures[:some].flatten(0, 1).float() / 255).view(some, 5, -1)
+        cosine = (vision * judge.text(captions[:some])[:, None]).sum(-1)
     low, high = cosine[:, JUNK].mean().item(), cosine[:, CLEAN].mean().item()
     weights = {name: value.half() for name, value in judge.state_dict().items()}
     save_tree(path, {"kind": kind, "weights": weights, "low": low, "high": high})
