@@ -40,13 +40,9 @@ def group_advantages(
     filled = torch.where(judged, scores, 0.0)
     groups, member = group_ids.unique(return_inverse=True)
 
-    def per_group(values: Tensor) -> Tensor:
-        return values.new_zeros(len(groups), values.shape[1]).index_add_(0, member, values)
-
-    count = per_group(judged.to(scores.dtype)).clamp_min(1)
-    centred = torch.where(judged, filled - (per_group(filled) / count)[member], 0.0)
+    centred = torch.where(judged, filled - _group_mean(filled, judged, groups, member), 0.0)
     if std == "group":
-        spread = (per_group(centred.square()) / count).sqrt()[member]
+        spread = _group_mean(centred.square(), judged, groups, member).sqrt()
     else:
         number = judged.sum(0).clamp_min(1)
         mean = filled.sum(0) / number
@@ -66,9 +62,16 @@ def fill_missing(scores: Tensor, group_ids: Tensor, applies: Tensor) -> Tensor:
     groups, member = group_ids.unique(return_inverse=True)
     judged = applies & ~scores.isnan()
     filled = torch.where(judged, scores, 0.0)
-    total = scores.new_zeros(len(groups), scores.shape[1]).index_add_(0, member, filled)
-    count = scores.new_zeros(len(groups), scores.shape[1]).index_add_(0, member, judged.to(scores.dtype))
-    return torch.where(judged, scores, (total / count.clamp_min(1))[member])
+    return torch.where(judged, scores, _group_mean(filled, judged, groups, member))
+
+
+def _group_mean(values: Tensor, judged: Tensor, groups: Tensor, member: Tensor) -> Tensor:
+    """`[N, K]` mean over the judged images of each image's group; `values` are 0 where they are not judged."""
+
+    def per_group(part: Tensor) -> Tensor:
+        return part.new_zeros(len(groups), part.shape[1]).index_add_(0, member, part)
+
+    return (per_group(values) / per_group(judged.to(values.dtype)).clamp_min(1))[member]
 
 
 def _constant(scores: Tensor, judged: Tensor, groups: Tensor, member: Tensor) -> Tensor:

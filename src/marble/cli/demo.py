@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from marble.cli.train import _options, demo_config_path, start
+from marble.cli.train import demo_config_path, start, take_options
 from marble.config import make_config, read_config
 
 USAGE = """usage: marble demo [--out DIR] [--json] [--section.setting VALUE …]
@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     from marble.cli.settings import override
     from marble.run import free_folder
 
-    options, rest = _options(argv)
+    options, rest = take_options(argv)
     config = make_config(override(read_config(demo_config_path()), rest))
     out = Path(options["out"]) if "out" in options else free_folder(Path("runs/demo"))
     return start(config, out, as_json="json" in options)

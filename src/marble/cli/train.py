@@ -41,7 +41,7 @@ def run(argv: list[str]) -> int:
         return 0
     from marble.cli.settings import override
 
-    options, rest = _options(argv)
+    options, rest = take_options(argv)
     path = Path(rest.pop(0)) if rest and not rest[0].startswith("--") else None
     if "resume" in options:
         if path is not None or rest or "out" in options:
@@ -124,7 +124,7 @@ def _print_gains(evaluation: dict) -> None:
     Console().print(table)
 
 
-def _options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+def take_options(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """Take `--out`, `--resume` and `--json` out of the arguments."""
     options: dict[str, str] = {}
     rest, arguments = [], list(argv)
