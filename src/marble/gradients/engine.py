@@ -1,0 +1,389 @@
+"""Every reward's gradient from two backward passes, whatever the number of rewards.
+
+The losses are affine in the advantage, so `g_k = grad mean(const) + 1/N sum_n A[n, k] grad slope_n`. Samples do not
+mix inside the network: one backward pass of `sum_n slope_n` carries every sample's own part through all layers, and
+only the last step, from a layer's tokens to its weight, is repeated for the K rewards (`tap.py`). The second pass
+is that of `const`. Layers that this does not fit take the slow way, K backward passes for their parameters alone.
+
+Leaves out: reduction over processes and balancing; `engine.compute` may be followed by any of both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from marble.gradients.reference import check_advantages, check_trainable
+from marble.gradients.tap import TappedLinear, contract_bias, contract_weight
+from marble.objectives import AffineLoss
+
+
+@dataclass
+class _Site:
+    """A linear layer with at least one trained parameter."""
+
+    name: str
+    layer: nn.Linear
+    weight: slice | None  # of the P columns
+    bias: slice | None
+    tied: bool = False  # its parameters also act elsewhere, or its rows are not sample after sample
+    slow: bool = False  # tied, or did not have all samples in every input since the last compute
+    seen: set[int] = field(default_factory=set)  # first dimensions of the inputs since the last compute
+
+
+class PerRewardGradients:
+    """Gradients of every reward with respect to a module's trained parameters.
+
+        with PerRewardGradients(denoiser) as engine:
+            loss = nft_loss(x0, denoiser(x_t, t), x0_old, beta=0.1, amax=5.0)
+            gradients = engine.compute(loss, advantages)  # [N, K] -> [K, P]
+
+    Linear layers are fast: LoRA's two factors, plain weights and biases, with inputs of any rank, samples first. All
+    other trained parameters get the same numbers by a slower way. Gradient checkpointing (not the reentrant kind),
+    autocast, several calls of a layer in one forward pass and any number of forward passes between `compute`s are
+    fine. Inside the block no other backward pass is affected.
+
+    Attributes:
+        parameters: the module's trained parameters; P numbers in all, in the order of the columns.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        parameters: Sequence[nn.Parameter] | None = None,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
+        check: bool = True,
+    ) -> None:
+        """Find out which layers are fast. The module is left as it is until the block is entered.
+
+        Args:
+            module: the network, not wrapped for distribution and not compiled.
+            parameters: some of its trainable parameters; all of them if not given.
+            dtype: of the gradients.
+            scale: losses are multiplied by it on the way back and gradients divided: against underflow in float16.
+            check: make sure, in the first `compute` of two samples or more, that the samples do not mix and that no
+                trained weight acts outside its layer; costs three more backward passes, once. What changes
+                afterwards is not noticed.
+
+        Raises:
+            ValueError: nothing to train, a frozen parameter, batch normalisation in training mode, a compiled
+                module, or `scale` is not positive.
+        """
+        if not scale > 0:
+            raise ValueError(f"scale must be > 0, got {scale}")
+        _refuse(module)
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if parameters is not None:
+            check_trainable(parameters)
+            chosen = {id(p) for p in parameters}
+            named = [(name, p) for name, p in named if id(p) in chosen]
+            if len(named) != len(chosen):
+                raise ValueError(f"parameters must all be the module's own, {len(chosen) - len(named)} are not")
+        if not named:
+            raise ValueError("module has no trainable parameter (requires_grad is False for all)")
+        self.module, self.dtype, self.scale = module, dtype, scale
+        self.names = [name for name, _ in named]
+        self.parameters = [p for _, p in named]
+        ends = torch.tensor([p.numel() for p in self.parameters]).cumsum(0).tolist()
+        self.count: int = ends[-1]
+        self._columns = {id(p): slice(end - p.numel(), end) for p, end in zip(self.parameters, ends, strict=True)}
+        self._sites = _find_sites(module, self._columns)
+        self._probe = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
+        self._unchecked = check
+        self._samples = 0  # N of the compute under way
+        self._weights: Tensor | None = None  # [N, J] while contracting for more than one row
+        self._rows: Tensor | None = None  # [J, P] while contracting
+        self._elsewhere: list[str] | None = None  # layers where other samples heard the first one's loss, in a check
+        self._heard, self._half, self._stale = 0, False, False
+        self._going_back, self._probing = False, False
+
+    # ---- the block ------------------------------------------------------------------------------------
+
+    def __enter__(self) -> PerRewardGradients:
+        check_trainable(self.parameters)
+        _refuse(self.module)
+        for number, site in enumerate(self._sites):
+            site.layer.forward = functools.partial(self._forward, number)  # type: ignore[method-assign]
+            site.seen.clear()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for site in self._sites:
+            site.layer.__dict__.pop("forward", None)
+
+    def _forward(self, number: int, input: Tensor) -> Tensor:
+        site, x = self._sites[number], input
+        weight: Tensor = site.layer.weight
+        bias: Tensor | None = site.layer.bias
+        if not torch.is_grad_enabled():
+            return nn.functional.linear(x, weight, bias)
+        if self._stale and not self._going_back:  # the first forward pass after a compute
+            for other in self._sites:
+                other.seen.clear()
+            self._stale = False
+        site.seen.add(x.shape[0] if x.ndim > 1 else 0)
+        if x.ndim < 2:
+            return nn.functional.linear(x, weight, bias)
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        result = TappedLinear.apply(x.flatten(0, -2), weight, bias, self._probe, self, number)
+        return result.view(*x.shape[:-1], len(weight))
+
+    def hear(self, site: int, x: Tensor | None, delta: Tensor) -> bool:
+        """What a tapped layer reports on its way back (see `tap.Listener`)."""
+        self._heard += 1
+        self._half = self._half or delta.dtype.itemsize < 4
+        here = self._sites[site]
+        if self._elsewhere is not None:
+            rows = len(delta) // self._samples if len(delta) % self._samples == 0 else len(delta)
+            if delta[rows:].any():
+                self._elsewhere.append(here.name)
+        elif self._rows is not None and not here.slow:
+            if here.weight is not None and x is not None:
+                contract_weight(x, delta, self._weights, self._rows[:, here.weight])
+            if here.bias is not None:
+                contract_bias(delta, self._weights, self._rows[:, here.bias])
+        return not self._probing
+
+    # ---- what is asked of it --------------------------------------------------------------------------
+
+    @property
+    def fast_share(self) -> float:
+        """Share of the P parameters that are in fast layers, 0 to 1."""
+        return 1 - sum(self._columns[id(p)].stop - self._columns[id(p)].start for p in self._slow()) / self.count
+
+    def compute(
+        self, loss: AffineLoss, advantages: Tensor, applies: Tensor | None = None, *, retain_graph: bool = True
+    ) -> Tensor:
+        """`g_k = grad mean_n loss.at(A[:, k])` for every column k: what `reference_gradients` gives.
+
+        Args:
+            loss: N per-sample losses of forward passes made inside the block.
+            advantages: `[N, K]`, finite.
+            applies: `[N, K]` bool; if given, column k is averaged over the samples where it is true.
+            retain_graph: keep the graph behind `loss` for another backward pass.
+
+        Returns:
+            `[K, P]` of `dtype`. A reward whose gradient overflows has a row that is not finite.
+
+        Raises:
+            ValueError: wrong shapes or numbers, a loss that does not come from the module inside the block, or
+                samples that mix.
+        """
+        check_advantages(loss, advantages)
+        effective = self._weights_of(loss.effective(advantages.to(loss.const)))
+        rows = torch.zeros(advantages.shape[1], self.count, dtype=self.dtype, device=self._probe.device)
+        if applies is None:
+            mean = torch.full_like(effective[:, :1], 1 / len(effective))
+        else:
+            if applies.shape != advantages.shape:
+                raise ValueError(f"applies must be {tuple(advantages.shape)}, got {tuple(applies.shape)}")
+            judged = applies.to(effective)
+            mean = judged / judged.sum(dim=0).clamp_min(1)
+        self._gather(loss, mean, effective * mean, rows[: mean.shape[1]], rows, retain_graph, common=applies is None)
+        return rows
+
+    def accumulate(
+        self, rows: Tensor, loss: AffineLoss, for_slope: Tensor, for_const: Tensor, *, retain_graph: bool = False
+    ) -> None:
+        """Add one micro-batch's share of any weighted sums: nothing but `rows` is kept between micro-batches.
+
+        Args:
+            rows: `[J + I, P]` of `dtype`, changed in place: row j receives `sum_n for_slope[n, j] grad slope_n`, row
+                J + i receives `sum_n for_const[n, i] grad const_n`.
+            loss: as in `compute`.
+            for_slope: `[N, J]`, finite; for rewards, the effective advantages over the number of samples.
+            for_const: `[N, I]`, finite.
+            retain_graph: as in `compute`.
+
+        Raises:
+            ValueError: as in `compute`.
+        """
+        check_advantages(loss, for_slope, "for_slope")
+        check_advantages(loss, for_const, "for_const")
+        expected, middle = (for_slope.shape[1] + for_const.shape[1], self.count), for_slope.shape[1]
+        if rows.shape != expected or rows.dtype != self.dtype:
+            raise ValueError(f"rows must be {expected} {self.dtype}, got {tuple(rows.shape)} {rows.dtype}")
+        weights = self._weights_of(for_const), self._weights_of(for_slope)
+        self._gather(loss, *weights, rows[middle:], rows[:middle], retain_graph)
+
+    # ---- how ------------------------------------------------------------------------------------------
+
+    def _weights_of(self, effective: Tensor) -> Tensor:
+        return effective.detach().to(device=self._probe.device, dtype=torch.promote_types(self.dtype, effective.dtype))
+
+    def _gather(
+        self,
+        loss: AffineLoss,
+        for_const: Tensor,
+        for_slope: Tensor,
+        to_const: Tensor,
+        to_slope: Tensor,
+        keep: bool,
+        common: bool = False,
+    ) -> None:
+        """Add `for_const [N, I]`-weighted gradients of `const` to `to_const [I, P]`, and likewise of `slope`.
+
+        If `common`, `to_const` is the first row of an empty `to_slope`, and what it receives is for all rows.
+        """
+        self._samples = len(loss.const)
+        if not (loss.const.requires_grad or loss.slope.requires_grad):
+            raise ValueError("loss is detached: neither const nor slope depends on a parameter")
+        for site in self._sites:
+            site.slow = site.tied or any(size == 0 or size % self._samples for size in site.seen)
+        self._heard = 0
+        if self._unchecked and self._samples > 1:
+            self._check(loss)
+        slow = self._slow()
+        if loss.const.requires_grad:
+            self._sweep(loss.const, for_const, to_const, keep=keep or bool(slow) or loss.slope.requires_grad)
+            if common:
+                to_slope[1:] = to_const
+        if loss.slope.requires_grad:
+            self._sweep(loss.slope, for_slope, to_slope, keep=keep or bool(slow))
+        self._stale = True
+        self._insist_on_hearing(slow)
+        if slow:
+            self._by_columns(loss, slow, for_const, for_slope, to_const, to_slope, common, keep)
+
+    def _insist_on_hearing(self, slow: Sequence[nn.Parameter]) -> None:
+        if not self._heard and len(slow) < len(self.parameters):
+            raise ValueError(
+                "loss does not come from the module's forward pass inside the block (or its layers are under "
+                "reentrant gradient checkpointing: use use_reentrant=False)"
+            )
+
+    def _sweep(self, losses: Tensor, weights: Tensor, rows: Tensor, *, keep: bool) -> None:
+        """One backward pass of `losses [N]`, each sample weighted by `weights [N, J]` in row j of `rows [J, P]`."""
+        self._rows, single = rows, weights.shape[1] == 1
+        if single:  # the weights travel with the loss, and the layers add up as they always do
+            losses = losses * weights[:, 0].to(losses)
+            if self.scale != 1:
+                rows.mul_(self.scale)
+        else:
+            self._weights = weights / self.scale
+        try:
+            self._backward(losses.sum() * self.scale, [self._probe], keep)
+            if single and self.scale != 1:
+                rows.div_(self.scale)
+        finally:
+            self._weights = self._rows = None
+
+    def _backward(self, total: Tensor, inputs: Sequence[Tensor], keep: bool) -> Sequence[Tensor | None]:
+        self._going_back, self._probing = True, inputs[0] is self._probe
+        try:
+            return torch.autograd.grad(total, inputs, retain_graph=keep, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise ValueError(
+                    "reentrant gradient checkpointing cannot be differentiated by parts: use use_reentrant=False"
+                ) from error
+            raise
+        finally:
+            self._going_back = self._probing = False
+
+    def _slow(self) -> list[nn.Parameter]:
+        """Parameters that no fast layer holds."""
+        fast = [(s.weight, s.layer.weight) for s in self._sites if not s.slow and s.weight is not None]
+        fast += [(s.bias, s.layer.bias) for s in self._sites if not s.slow and s.bias is not None]
+        slow = {id(p) for s in self._sites if s.slow for p in (s.layer.weight, s.layer.bias) if p is not None}
+        known = {id(parameter) for _, parameter in fast} - slow
+        return [p for p in self.parameters if id(p) not in known]
+
+    def _by_columns(
+        self,
+        loss: AffineLoss,
+        slow: Sequence[nn.Parameter],
+        for_const: Tensor,
+        for_slope: Tensor,
+        to_const: Tensor,
+        to_slope: Tensor,
+        common: bool,
+        keep: bool,
+    ) -> None:
+        """The slow way, for `slow` parameters alone: a backward pass for every column."""
+        passes = []
+        if common:
+            both = [(for_const[:, 0], for_slope[:, k]) for k in range(for_slope.shape[1])]
+            passes = [(loss.const * c + loss.slope * s, to_slope[k]) for k, (c, s) in enumerate(both)]
+        else:
+            passes = [(loss.const * for_const[:, i], row) for i, row in enumerate(to_const)]
+            passes += [(loss.slope * for_slope[:, k], row) for k, row in enumerate(to_slope)]
+        passes = [(losses, row) for losses, row in passes if losses.requires_grad]
+        for number, (losses, row) in enumerate(passes):
+            parts = self._backward(losses.sum() * self.scale, slow, keep or number + 1 < len(passes))
+            for parameter, part in zip(slow, parts, strict=True):
+                if part is not None:
+                    row[self._columns[id(parameter)]] += (part / self.scale).flatten().to(row)
+
+    def _check(self, loss: AffineLoss) -> None:
+        """Refuse samples that mix; send layers whose rows or weights are not what they seem the slow way."""
+        losses = loss.const + 0.7 * loss.slope
+        self._elsewhere = []
+        try:
+            self._backward(losses[0] * self.scale, [self._probe], True)
+            mixing = self._elsewhere
+        finally:
+            self._elsewhere = None
+        self._insist_on_hearing(self._slow())
+        if mixing:
+            raise ValueError(
+                "samples mix inside the module, or are not the first dimension there (as with normalisation over "
+                f"the batch): seen at {', '.join(mixing[:3])}"
+            )
+        self._unchecked = False
+        slow = {id(p) for p in self._slow()}
+        fast = [p for p in self.parameters if id(p) not in slow]
+        if not fast:
+            return
+        unlike = 1 + 0.5 * torch.arange(1, self._samples + 1, device=losses.device).to(losses.dtype).sin()
+        row = torch.zeros(2, self.count, dtype=self.dtype, device=self._probe.device)
+        self._sweep(losses, torch.stack([unlike, -unlike], dim=1), row, keep=True)
+        wrong, tolerance = set(), 0.05 if self._half else 1e-3
+        least = 1e-3 * tolerance * row[0].norm()
+        for parameter, true in zip(fast, self._backward((unlike * losses).sum(), fast, True), strict=True):
+            ours = row[0, self._columns[id(parameter)]]
+            true = torch.zeros_like(ours) if true is None else true.flatten().to(ours)
+            if not torch.linalg.vector_norm(ours - true) <= tolerance * true.norm() + least:
+                wrong.add(id(parameter))
+        for site in self._sites:
+            site.tied = any(id(p) in wrong for p in (site.layer.weight, site.layer.bias) if p is not None)
+            site.slow = site.slow or site.tied
+
+
+def _find_sites(module: nn.Module, columns: dict[int, slice]) -> list[_Site]:
+    """Linear layers that compute nothing but their product, and train their weight or bias."""
+    sites = []
+    for name, layer in module.named_modules():
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+            continue
+        if "forward" in vars(layer) or layer._parameters.get("weight") is None:  # wrapped or parametrised by others
+            continue
+        bias = None if layer.bias is None else columns.get(id(layer.bias))
+        weight = columns.get(id(layer.weight))
+        if weight is not None or bias is not None:
+            sites.append(_Site(name, layer, weight, bias))
+    return sites
+
+
+def _refuse(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None:
+            raise ValueError(f"module is compiled at {name or 'its root'}: give the engine the module as it was before")
+        batch_norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and (part.training or part.running_mean is None):
+            raise ValueError(
+                f"batch normalisation in training mode at {name or 'its root'} mixes samples, so that they have no "
+                "gradients of their own: call eval() on it or use another normalisation"
+            )
