@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "marble"
 ROOMS = [
-    ("errors", "storage", "seeds", "registry"),
+    ("errors", "storage", "seeds", "registry", "catalogue", "distributed"),
     ("rules",),
     ("config",),
     ("prompts",),
@@ -27,6 +27,7 @@ ROOMS = [
     ("step",),
     ("heldout",),
     ("training",),
+    ("bench",),
     ("report",),
     ("mini",),
     ("cli",),

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from marble.catalogue import METHODS, OBJECTIVES
 from marble.errors import MarbleError, nearest
 from marble.registry import check, is_file
 from marble.rules import check_rules
@@ -51,6 +52,8 @@ class RewardTerm(_Section):
 
     reward: str = Field(description="registered name, or package.module:Class")
     weight: float = Field(1.0, gt=0, description="weight in the weighted sum; balancing methods do not use it")
+    priority: float = Field(1.0, gt=0, description="progress asked for, relative to the other rewards'")
+    floor: bool = Field(False, description="never traded away: no update's direction opposes this reward's gradient")
 
 
 class Rollout(_Section):
@@ -74,11 +77,22 @@ class Decay(_Section):
         return min(self.slope * max(0, update - self.start), self.limit)
 
 
-class Objective(_Section):
-    """DiffusionNFT's loss and where it is taken."""
+def _known(names: dict[str, str]) -> AfterValidator:
+    def check_known(name: str) -> str:
+        if name not in names:
+            raise ValueError(f'"{name}" is not one of {", ".join(names)}.{nearest(name, names)}')
+        return name
 
-    name: Literal["nft"] = "nft"
-    beta: float = Field(0.1, gt=0, description="distance of NFT's implicit policies from the old one")
+    return AfterValidator(check_known)
+
+
+class Objective(_Section):
+    """The loss and where it is taken."""
+
+    name: Annotated[str, _known(OBJECTIVES)] = Field("nft", description="see marble list objectives")
+    beta: float = Field(0.1, gt=0, description="nft: distance of its implicit policies from the old one")
+    clip: float = Field(1.0, gt=0, description="awm: the ratio is clipped to 1 ± this")
+    pull: float = Field(5.0, ge=0, description="awm: weight of the pull to the old policy")
     amax: float = Field(5.0, gt=0, description="advantages are clipped to ± this")
     kl: float = Field(1e-4, ge=0, description="weight of mean (v_theta − v_ref)²; 0 saves the reference's forward")
     timesteps: int = Field(9, ge=1, description="of the sampler's steps (the last left out), trained per image")
@@ -89,9 +103,17 @@ class Objective(_Section):
 class Balance(_Section):
     """How several rewards become one direction."""
 
-    method: Literal["marble", "published", "uniform", "weighted-sum"] = "marble"
-    refresh: int = Field(10, ge=1, description="updates from one exact solve to the next")
-    decay: float = Field(0.7, ge=0, lt=1, description="of the moving average of the weights")
+    method: Annotated[str, _known(METHODS)] = Field("marble", description="see marble list methods")
+    refresh: int = Field(10, ge=1, description="updates from one exact solve to the next; 1: every update is exact")
+    solve_share: float = Field(1.0, gt=0, le=1, description="of an update's micro-batches that a solve looks at")
+    smooth: Literal["weights", "gram"] = Field("weights", description="what is averaged over solves")
+    decay: float = Field(0.7, ge=0, lt=1, description="of that moving average")
+    gradients: Literal["whole", "advantage"] = Field(
+        "whole", description="what is balanced: whole gradients, or without their advantage-free part"
+    )
+    estimate: Literal["batch", "halves"] = Field(
+        "batch", description="halves: products of gradients of two halves of the batch, which noise does not bias"
+    )
     finish: int = Field(0, ge=0, description="last updates at uniform weights")
     advantage_scale: Literal["match", "published"] = Field(
         "match", description="match: the combined advantage has unit spread; published: as it comes"
@@ -99,6 +121,9 @@ class Balance(_Section):
     norms: Literal["folded", "raw"] = Field(
         "folded", description="folded: amortised updates divide by each gradient's norm, as the solve did"
     )
+    dropout: float = Field(0.5, gt=0, lt=1, description="reward-dropout: probability that a reward is left out")
+    rate: float = Field(1.0, gt=0, description="closed-loop: priority falls by exp(−rate · progress ahead of the mean)")
+    limit: float = Field(4.0, gt=1, description="closed-loop: priorities stay between 1/limit and limit")
 
     @model_validator(mode="before")
     @classmethod

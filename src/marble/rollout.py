@@ -16,6 +16,7 @@ class Rollout:
 
     batch: PromptBatch
     samples: Samples
+    offset: int = 0  # of the first image among those of all processes
 
     @property
     def x0(self) -> Tensor:

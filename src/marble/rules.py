@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from marble.catalogue import FROM_GRADIENTS
+
 if TYPE_CHECKING:
     from marble.config import Config
 
@@ -74,11 +76,35 @@ def _balance(config: Config) -> list[str]:
             "balance.method: published is the paper's method to the letter, got advantage_scale = "
             f"{balance.advantage_scale} and norms = {balance.norms}; use method = marble for either correction"
         )
+    problems += _preferences(config)
     names = [term.reward for term in config.rewards]
     for name in sorted({n for n in names if names.count(n) > 1}):
         problems.append(f'rewards: "{name}" is given more than once')
     for name in sorted(set(names) & set(config.held_out_rewards)):
         problems.append(f'held_out_rewards: "{name}" is also trained on')
+    return problems
+
+
+def _preferences(config: Config) -> list[str]:
+    """Priorities, floors and the ways of solving, against the method."""
+    balance, method, problems = config.balance, config.balance.method, []
+    for i, term in enumerate(config.rewards):
+        if term.floor and (method not in FROM_GRADIENTS or method == "published"):
+            problems.append(
+                f"rewards.{i}.floor: needs a method that takes every reward's gradient (and is not the paper's to the "
+                f"letter), got balance.method = {method}; use marble"
+            )
+        if term.priority != 1 and method in ("weighted-sum", "published"):
+            other = "use rewards.N.weight instead" if method == "weighted-sum" else "use balance.method = marble"
+            problems.append(f"rewards.{i}.priority: {method} knows none, got {term.priority}; {other}")
+    plain = {"smooth": "weights", "estimate": "batch", "gradients": "whole"}
+    for field, only in plain.items():
+        if method == "published" and getattr(balance, field) != only:
+            problems.append(
+                f"balance.{field}: published has {only}, got {getattr(balance, field)}; use balance.method = marble"
+            )
+    if method == "closed-loop" and len(config.rewards) < 2:
+        problems.append("balance.method: closed-loop compares rewards, got one reward; use marble")
     return problems
 
 

@@ -10,6 +10,7 @@ import torch
 from marble.balance.method import Method
 from marble.config import Config, check_names
 from marble.errors import MarbleError
+from marble.gradients import PerRewardGradients
 from marble.policy import Policy, model_path
 from marble.prompts import PromptMixture, Record, load_source
 from marble.rewards import Reward, load_rewards
@@ -27,6 +28,7 @@ class Parts:
     rewards: list[Reward]
     held_out_rewards: list[Reward]
     method: Method
+    engine: PerRewardGradients
     updater: Updater
     held_out_prompts: list[Record]
     weights: torch.Tensor  # [K] float64, of the weighted sum
@@ -120,6 +122,7 @@ def assemble(config: Config) -> Parts:
         rewards=rewards[:count],
         held_out_rewards=rewards[count:],
         method=Method(config),
+        engine=PerRewardGradients(policy.denoiser, parameters=policy.parameters),
         updater=Updater(policy, config),
         held_out_prompts=held_out_prompts(config),
         weights=torch.tensor([term.weight for term in config.rewards], dtype=torch.float64),

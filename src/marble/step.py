@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marble.balance.method import Direction, Signals
+from marble.balance.signals import Signals
 from marble.config import Config
 from marble.diagnose import reward_cosines, worst_cosines
-from marble.gradients import reference_gradients
+from marble.distributed import sum_gradients, sum_over_processes, total
+from marble.gradients import gram_of
+from marble.objectives.affine import AffineLoss
 from marble.objectives.visit import Visits, visit_loss
 from marble.rollout import Rollout
 from marble.setup import Parts
@@ -20,67 +24,142 @@ from marble.setup import Parts
 def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals, plan: list[Visits]) -> dict[str, Any]:
     """Make one optimiser update from its micro-batches.
 
+    Args:
+        config: of the run.
+        parts: of the run.
+        rollout: the images that this process holds.
+        signals: of the images of all processes.
+        plan: this process's visits.
+
     Returns:
         The update's metrics; every key has a line in `docs/metrics.md`.
     """
-    policy, method, updater = parts.policy, parts.method, parts.updater
-    began, total = time.perf_counter(), sum(map(len, plan))
-    due, every = method.due(), config.diagnose_every
-    if not due:
-        method.advance()
-    diagnose = bool(every) and updater.updates % every == every // 2
-    combined = method.combined(signals)
-    count, letter = len(signals.signal), due and method.to_the_letter
-    columns = _columns(signals, combined) if diagnose else _columns(signals)
-    rows, own, free, loss_sum, kl_sum = None, None, None, 0.0, 0.0
-    for visits in plan:
-        loss, kl = visit_loss(policy, rollout, visits, config.objective)
-        share, chosen = len(visits) / total, visits.images
-        if diagnose or (due and not letter):
-            rows = _add(rows, share * reference_gradients(loss, columns[chosen], policy.parameters))
-        if letter:
-            advantages, applies = signals.per_reward[chosen], signals.applies[chosen]
-            own = _add(own, share * reference_gradients(loss, advantages, policy.parameters, applies))
-            if diagnose:
-                nothing = torch.zeros_like(advantages)
-                free = _add(free, share * reference_gradients(loss, nothing, policy.parameters, applies))
-        each = loss.at(combined[chosen]).mean()
-        wanted = [each] if not due and rows is None else []
-        if kl is not None:
-            wanted.append(config.objective.kl * kl)
-            kl_sum += share * kl.item()
-        if wanted:
-            (share * torch.stack(wanted).sum()).backward()
-        loss_sum += share * each.item()
-
-    direction = None
-    if due:
-        gradients = own if own is not None else rows
-        assert gradients is not None
-        direction = method.refresh(gradients, signals, free)
-    elif rows is not None:
-        direction = Direction(rows[-1], rows[count])
-    norm = updater.apply(None if direction is None else direction.vector)
-    metrics: dict[str, Any] = {"update": updater.updates, "loss": loss_sum, "kl": kl_sum, "gradient_norm": norm}
-    metrics["signal"] = signals.signal.tolist()
-    if method.balancer is not None:
-        metrics["alpha"] = method.balancer.alpha.tolist()
-        metrics["coefficients"] = method.balancer.coefficients.tolist()
-        metrics["refreshed"] = due
-    if diagnose and rows is not None and direction is not None:
-        metrics |= worst_cosines(rows[:-1], direction, signals.signal)
-        metrics["reward_cosines"] = reward_cosines(rows[:-1]).tolist()
-    metrics["update_seconds"] = time.perf_counter() - began
-    return metrics
+    began = time.perf_counter()
+    update = _Update(config, parts, signals, plan)
+    for number, visits in enumerate(plan):
+        update.visit(rollout, visits, exact=number < update.exact)
+        if number + 1 == update.exact:
+            update.solve()
+    if not plan and update.rows is not None:  # other processes have visits, and wait for this one
+        update.solve()
+    metrics = update.finish([term.reward for term in config.rewards])
+    return metrics | {"update_seconds": time.perf_counter() - began}
 
 
-def _columns(signals: Signals, combined: Tensor | None = None) -> Tensor:
-    """Advantages to take gradients at: every reward's, none, and for a diagnosis the raw sum's and `combined`."""
-    columns = [signals.per_reward, torch.zeros(len(signals.per_reward), 1)]
-    if combined is not None:
-        columns += [signals.weighted_sum[:, None], combined[:, None]]
-    return torch.cat(columns, dim=1)
+class _Update:
+    """What one update has gathered.
 
+    Its first `exact` micro-batches give the rows that the method asks for (and for a diagnosis those of the raw
+    weighted sum and of the combined advantage); the others take one backward pass of the combined loss each.
+    """
 
-def _add(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total + part
+    def __init__(self, config: Config, parts: Parts, signals: Signals, plan: list[Visits]) -> None:
+        self.kl_weight, self.objective, self.signals = config.objective.kl, config.objective, signals
+        self.policy, self.method, self.engine, self.updater = parts.policy, parts.method, parts.engine, parts.updater
+        self.visits = total(sum(map(len, plan)))
+        every = config.diagnose_every
+        self.diagnose = bool(every) and self.updater.updates % every == every // 2
+        self.due = self.method.due()
+        if not self.due:
+            self.method.advance()
+        self.combined = self.method.combined(signals)
+        self.apart = self.due and self.method.to_the_letter  # the distance to the base model stays out of the rows
+        self.for_slope, self.for_const = self.method.columns(signals)
+        self.rewards = self.for_slope.shape[1]
+        self.exact, self.rows = 0, None
+        self.complete = False  # whether the rows hold the whole update
+        self.mixture: Tensor | None = None  # [R], the direction's
+        if self.due or self.diagnose:
+            share = 1.0 if self.diagnose else config.balance.solve_share
+            self.exact, self.complete = math.ceil(share * len(plan)), share == 1 and not self.apart
+            if self.diagnose:
+                self.for_slope = torch.cat(
+                    [self.for_slope, signals.weighted_sum[:, None], self.combined[:, None]], dim=1
+                )
+            count = self.for_slope.shape[1] + self.for_const.shape[1]
+            self.rows = torch.zeros(count, self.engine.count, dtype=self.engine.dtype)
+        self.loss = self.kl = 0.0
+        self.metrics: dict[str, Any] = {}
+
+    def visit(self, rollout: Rollout, visits: Visits, *, exact: bool) -> None:
+        """Take in one micro-batch."""
+        chosen, weight = visits.images + rollout.offset, 1 / self.visits
+        if exact:
+            with self.engine:
+                loss, kl = visit_loss(self.policy, rollout, visits, self.objective)
+                self._note(loss, kl, chosen, weight)
+                slopes = weight * loss.effective(self.for_slope[chosen].to(loss.slope))
+                consts = weight * self.for_const[chosen].to(slopes)
+                if kl is not None and self.apart:
+                    (self.kl_weight * weight * kl.sum()).backward(retain_graph=True)
+                elif kl is not None:
+                    loss = replace(loss, const=loss.const + self.kl_weight * kl)
+                assert self.rows is not None
+                self.engine.accumulate(self.rows, loss, slopes, consts)
+            return
+        loss, kl = visit_loss(self.policy, rollout, visits, self.objective)
+        self._note(loss, kl, chosen, weight)
+        each = loss.at(self.combined[chosen])
+        each = each if kl is None else each + self.kl_weight * kl
+        (weight * each.sum()).backward()
+
+    def _note(self, loss: AffineLoss, kl: Tensor | None, chosen: Tensor, weight: float) -> None:
+        with torch.no_grad():
+            self.loss += weight * loss.at(self.combined[chosen]).sum().item()
+            self.kl += 0.0 if kl is None else weight * kl.sum().item()
+
+    def solve(self) -> None:
+        """Turn the rows into a direction; the micro-batches that follow go by the fresh weights."""
+        assert self.rows is not None
+        gram = gram_of(sum_over_processes(self.rows))
+        own = torch.cat([torch.arange(self.rewards), torch.arange(self.for_slope.shape[1], len(gram))])
+        parts = torch.zeros(len(self.signals.signal) + 1, len(gram), dtype=torch.float64)
+        parts[:, own] = self.method.parts()
+        every = torch.eye(len(gram), dtype=torch.float64)
+        if self.due:
+            solved = self.method.solve(gram[own][:, own], self.signals)
+            if solved is not None:
+                self.mixture = torch.zeros(len(gram), dtype=torch.float64)
+                self.mixture[own] = solved
+            self.combined = self.method.combined(self.signals)
+        else:
+            self.mixture = every[self.rewards + 1] + parts[-1]
+        if self.diagnose and self.mixture is not None:
+            free = torch.arange(len(gram)) >= self.for_slope.shape[1]
+            raw = every[self.rewards]
+            directions = {
+                "weighted_sum": (raw + parts[-1], raw),
+                "applied": (self.mixture, torch.where(free, 0.0, self.mixture)),
+            }
+            self.metrics |= worst_cosines(gram, parts, self.signals.signal, directions)
+            if self.metrics:
+                self.metrics["reward_cosines"] = reward_cosines(parts[:-1] @ gram @ parts[:-1].T).tolist()
+
+    def finish(self, names: list[str]) -> dict[str, Any]:
+        """Step, and say how it went."""
+        direction = None
+        if self.rows is not None and self.mixture is not None:
+            self.rows[self.mixture == 0] = 0  # a row that is not finite is not in use
+            direction = self.mixture.to(self.rows) @ self.rows
+        if not self.complete:
+            sum_gradients(self.policy.parameters)
+        norm = self.updater.apply(direction)
+        metrics: dict[str, Any] = {
+            "update": self.updater.updates,
+            "loss": total(self.loss),
+            "kl": total(self.kl),
+            "gradient_norm": norm,
+            "signal": self.signals.signal.tolist(),
+        }
+        balancer = self.method.balancer
+        if balancer is not None:
+            metrics["alpha"] = balancer.alpha.tolist()
+            metrics["coefficients"] = balancer.coefficients.tolist()
+            metrics["refreshed"] = self.due
+            if self.due and balancer.missing.any():
+                out = balancer.missing.nonzero().flatten().tolist()
+                metrics["left_out"] = {names[k]: int(balancer.left_out[k]) for k in out}
+        if self.method.controller is not None and balancer is not None:
+            metrics["progress"] = self.method.controller.progress.tolist()
+            metrics["priorities"] = balancer.priorities.tolist()
+        return metrics | self.metrics

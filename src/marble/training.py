@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from marble.balance.method import signals_of
+from marble.balance.signals import signals_of
 from marble.config import Config
 from marble.heldout import HeldOut
 from marble.objectives.visit import plan_epoch
@@ -62,6 +62,7 @@ def train(
         sampled = time.perf_counter()
         table = score_images(parts.rewards, rollout.images, batch.records, batch.group_ids)
         signals = signals_of(table, batch.group_ids, parts.weights, std=config.objective.std)
+        parts.method.observe(table)
         scored = time.perf_counter()
         plan = plan_epoch(
             len(rollout.x0),
@@ -113,13 +114,12 @@ def _spent(config: Config, parts: Parts, seconds: float) -> bool:
 
 
 def _state(parts: Parts, held_out: HeldOut, epoch: int, spent: float) -> dict[str, Any]:
-    balancer = parts.method.balancer
     return {
         "epoch": epoch,
         "seconds": spent,
         "adapters": {name: parts.policy.adapter_state(name) for name in ("default", "old", "ema")},
         "updater": parts.updater.state_dict(),
-        "balancer": None if balancer is None else balancer.state_dict(),
+        "method": parts.method.state_dict(),
         "held_out": held_out.state_dict(),
     }
 
@@ -131,8 +131,7 @@ def _restore(parts: Parts, held_out: HeldOut, run: Run, state: dict[str, Any] | 
     for name, weights in state["adapters"].items():
         parts.policy.load_adapter_state(name, weights)
     parts.updater.load_state_dict(state["updater"])
-    if parts.method.balancer is not None:
-        parts.method.balancer.load_state_dict(state["balancer"])
+    parts.method.load_state_dict(state["method"])
     held_out.load_state_dict(state["held_out"])
     run.forget_after(parts.updater.updates)
     return state["epoch"], state["seconds"]

@@ -25,7 +25,7 @@ class Updater:
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            foreach=True,
+            fused=True,
         )
         self.updates = 0
 

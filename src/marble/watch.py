@@ -24,6 +24,7 @@ class Conditioning:
     per_prompt: dict[str, Tensor]  # each [P, …]
     shared: dict[str, Any]
     rows: Tensor  # [N] int64
+    is_expanded: bool = False  # a row per image: `rows` counts up
 
     def __getitem__(self, images: Tensor) -> Conditioning:
         """The conditioning of some of the images."""
@@ -31,9 +32,15 @@ class Conditioning:
             self.latent_argument, self.timestep_argument, self.per_prompt, self.shared, self.rows[images]
         )
 
+    def expanded(self) -> Conditioning:
+        """The same with a row per image, for several calls on the same images."""
+        rows = torch.arange(len(self.rows))
+        per_image = {name: value[self.rows] for name, value in self.per_prompt.items()}
+        return Conditioning(self.latent_argument, self.timestep_argument, per_image, self.shared, rows, True)
+
     def call(self, denoiser: torch.nn.Module, latents: Tensor, timestep: Tensor) -> Tensor:
         """Call `denoiser` as the pipeline did, with other latents and timesteps."""
-        arguments = {name: value[self.rows] for name, value in self.per_prompt.items()}
+        arguments = dict(self.per_prompt if self.is_expanded else self.expanded().per_prompt)
         arguments |= {self.latent_argument: latents, self.timestep_argument: timestep}
         return denoiser(**arguments, **self.shared)[0]
 

@@ -232,4 +232,5 @@ def test_every_setting_is_described():
     text = describe_settings()
     assert "--optimizer.lr float = 0.0003" in text
     assert "--rewards.N.weight" in text
-    assert "--balance.method marble|published|uniform|weighted-sum" in text
+    assert "--balance.method str = marble  see marble list methods" in text
+    assert "--balance.smooth weights|gram = weights" in text

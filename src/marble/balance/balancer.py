@@ -1,4 +1,4 @@
-"""MARBLE's schedule: solve every N updates, smooth what is solved, finish at uniform weights.
+"""MARBLE's schedule: solve every N updates, smooth over solves, finish at uniform weights.
 
 Leaves out: where gradients come from and where weights go. A training loop of one's own needs only
 
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marble.balance.min_norm import min_norm_weights
+from marble.balance.solvers import SOLVERS, solve
 
-SOLVERS = ("min-norm", "uniform")
+_LEAST_SQUARE = 0.05
+"""An estimate of a squared norm that noise does not inflate may be negative; it counts as at least this share of the
+one that noise inflates."""
 
 
 class Balancer:
@@ -24,6 +26,9 @@ class Balancer:
     Attributes:
         solution: `[K]` float64, the weights solved for at the last refresh, not smoothed; None before it.
         norms: `[K]` float64, the gradients' norms at the last refresh in which each had a signal; None before.
+        priorities: `[K]` float64, may be changed between updates.
+        left_out: `[K]` int64, how many refreshes left each reward out of the solve.
+        missing: `[K]` bool, which rewards the last refresh left out.
     """
 
     def __init__(
@@ -36,18 +41,26 @@ class Balancer:
         updates: int | None = None,
         solver: str = "min-norm",
         fold: bool = False,
+        smooth: str = "weights",
+        normalise: bool = True,
+        priorities: Tensor | None = None,
+        seed: int = 0,
     ) -> None:
         """Set up for K = `num_rewards`.
 
         Args:
             num_rewards: K ≥ 1.
             refresh: updates from one Gram to the next, N ≥ 1.
-            decay: rho in [0, 1): `average ← rho average + (1 − rho) solution`, started at the first solution.
+            decay: rho in [0, 1): `average ← rho average + (1 − rho) new`, started at the first refresh.
             finish: number of last updates at uniform weights; needs `updates`.
             updates: how many updates the run will have.
-            solver: `min-norm`, or `uniform` for equal weights throughout.
+            solver: one of `SOLVERS`; `uniform` gives equal weights throughout.
             fold: let `coefficients` carry the gradients' norms, so that what is applied to raw gradients is
                 the direction that was solved for on normalised ones.
+            smooth: what is averaged over refreshes: the `weights` that were solved for, or the `gram` to solve on.
+            normalise: solve for gradients of unit length.
+            priorities: `[K]`, > 0; equal, if not given.
+            seed: for solvers that draw an order.
 
         Raises:
             ValueError: an argument is out of its range.
@@ -61,18 +74,29 @@ class Balancer:
             raise ValueError(f"finish={finish} counts from the end: give the number of updates of the run")
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
+        if smooth not in ("weights", "gram"):
+            raise ValueError(f'smooth must be "weights" or "gram", got {smooth!r}')
         self.num_rewards, self.refresh, self.decay, self.finish = num_rewards, refresh, decay, finish
-        self.updates, self.solver, self.fold = updates, solver, fold
+        self.updates, self.solver, self.fold = updates, solver, fold and normalise
+        self.smooth, self.normalise, self.seed = smooth, normalise, seed
+        self.priorities = torch.ones(num_rewards, dtype=torch.float64) if priorities is None else priorities.double()
+        if self.priorities.shape != (num_rewards,) or not (self.priorities > 0).all():
+            raise ValueError(f"priorities must be [K={num_rewards}] and > 0, got {priorities}")
         self.done = 0
+        self.left_out = torch.zeros(num_rewards, dtype=torch.int64)
+        self.missing = torch.zeros(num_rewards, dtype=torch.bool)
         self.solution: Tensor | None = None
         self.norms: Tensor | None = None
         self._average: Tensor | None = None
+        self._gram = torch.zeros(num_rewards, num_rewards, dtype=torch.float64)  # weighted sums over refreshes,
+        self._squares = torch.zeros(num_rewards, dtype=torch.float64)
+        self._mass = torch.zeros(num_rewards, num_rewards, dtype=torch.float64)  # and the sums of their weights
 
     @property
     def alpha(self) -> Tensor:
-        """`[K]` float64: the weights in force, smoothed; uniform before the first refresh and at the finish."""
+        """`[K]` float64: the weights in force, smoothed; by priority before the first refresh and at the finish."""
         if self._average is None or self._finishing(self.done - 1):
-            return torch.full((self.num_rewards,), 1 / self.num_rewards, dtype=torch.float64)
+            return self.priorities / self.priorities.sum()
         return self._average
 
     @property
@@ -87,20 +111,25 @@ class Balancer:
         if not known.any():
             return self.alpha
         folded = self.alpha / torch.where(known, self.norms, self.norms[known].mean())
-        return folded / folded.sum()
+        total = folded.sum()
+        return folded / total if total > 0 else self.alpha
 
     def due(self) -> bool:
         """Whether the coming update wants a fresh Gram."""
-        wanted = self.solver == "min-norm" or self.fold
+        wanted = self.solver != "uniform" or self.fold
         return wanted and self.done % self.refresh == 0 and not self._finishing(self.done)
 
-    def step(self, gram: Tensor | None = None, has_signal: Tensor | None = None) -> Tensor:
+    def step(
+        self, gram: Tensor | None = None, has_signal: Tensor | None = None, squares: Tensor | None = None
+    ) -> Tensor:
         """Advance by one update.
 
         Args:
             gram: `[K, K]` inner products of the raw gradients, when `due()`.
             has_signal: `[K]` bool, which rewards can tell images apart in this batch; the others, and those
                 whose gradient is zero or not finite, are left out of the solve and keep their weight.
+            squares: `[K]` squared norms of the raw gradients, if `gram` is an estimate whose diagonal may fall to 0
+                and below (products of gradients of independent halves of the batch).
 
         Returns:
             `alpha` `[K]` float64, smoothed.
@@ -113,47 +142,64 @@ class Balancer:
                 raise ValueError(f"update {self.done} needs a Gram: due() is true")
             if gram.shape != (self.num_rewards, self.num_rewards):
                 raise ValueError(f"gram must be [K={self.num_rewards}, K], got {tuple(gram.shape)}")
-            self._refresh(gram.detach().cpu().to(torch.float64), has_signal)
+            gram = gram.detach().cpu().to(torch.float64)
+            self._refresh(gram, has_signal, gram.diagonal() if squares is None else squares.detach().cpu().double())
         self.done += 1
         return self.alpha
 
-    def _refresh(self, gram: Tensor, has_signal: Tensor | None) -> None:
-        squares = gram.diagonal()
-        usable = squares.isfinite() & (squares > 0)
+    def _refresh(self, gram: Tensor, has_signal: Tensor | None, squares: Tensor) -> None:
+        usable = gram.diagonal().isfinite() & squares.isfinite() & (squares > 0)
         if has_signal is not None:
             usable = usable & has_signal.cpu()
-        before = self._average
-        if before is None:
-            before = torch.full((self.num_rewards,), 1 / self.num_rewards, dtype=torch.float64)
+        self.missing = ~usable
+        self.left_out += self.missing
         chosen = usable.nonzero().flatten()
         if len(chosen) == 0:
             return
-        norms = squares[chosen].sqrt()
+        gram, squares = self._seen(gram, squares, chosen)
+        norms = torch.maximum(gram.diagonal(), _LEAST_SQUARE * squares).sqrt()
         if self.norms is None:
             self.norms = torch.zeros(self.num_rewards, dtype=torch.float64)
         self.norms[chosen] = norms
-        solved = before.clone()
+        if self.normalise:
+            gram = (gram / (norms[:, None] * norms)).clamp(-1, 1)
+            gram.fill_diagonal_(1)
+        before = self._average if self._average is not None else self.priorities / self.priorities.sum()
         share = before[chosen].sum() if before[chosen].sum() > 0 else before.new_tensor(1.0)
-        if self.solver == "min-norm":
-            cosines = gram[chosen][:, chosen] / (norms[:, None] * norms[None])
-            weights = min_norm_weights(cosines)
-        else:
-            weights = torch.full((len(chosen),), 1 / len(chosen), dtype=torch.float64)
-        solved[chosen] = weights * share
+        solved = before.clone()
+        solved[chosen] = solve(self.solver, gram, self.priorities[chosen], self.seed + self.done) * share
         self.solution = solved / solved.sum()
-        if self._average is None:
+        if self._average is None or self.smooth == "gram":
             self._average = self.solution.clone()
         else:
             self._average = self.decay * self._average + (1 - self.decay) * self.solution
+
+    def _seen(self, gram: Tensor, squares: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen rewards' Gram and squared norms, averaged over refreshes if that is what is smoothed."""
+        pairs = (chosen[:, None], chosen[None])
+        if self.smooth == "weights":
+            return gram[pairs], squares[chosen]
+        keep, add = self.decay, 1 - self.decay
+        self._gram[pairs] = keep * self._gram[pairs] + add * gram[pairs]
+        self._mass[pairs] = keep * self._mass[pairs] + add
+        self._squares[chosen] = keep * self._squares[chosen] + add * squares[chosen]
+        return self._gram[pairs] / self._mass[pairs], self._squares[chosen] / self._mass.diagonal()[chosen]
 
     def _finishing(self, update: int) -> bool:
         return bool(self.finish) and self.updates is not None and update >= self.updates - self.finish
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `step` changes."""
-        return {"done": self.done, "solution": self.solution, "norms": self.norms, "average": self._average}
+        """Everything that `step` changes, and the priorities."""
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.done, self.solution = state["done"], state["solution"]
-        self.norms, self._average = state["norms"], state["average"]
+        for name in _STATE:
+            value = state[name]
+            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+
+
+_STATE = (
+    *("done", "solution", "norms", "priorities", "left_out", "missing"),
+    *("_average", "_gram", "_squares", "_mass"),
+)

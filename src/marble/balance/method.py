@@ -1,95 +1,117 @@
 """How a method turns per-reward advantages and gradients into the direction of one update.
 
-| method | advantage of an amortised update | at a refresh |
+Gradients come in parts: reward k's own part, `mean_n A[n, k] grad slope_n`, and the part that no advantage enters,
+`grad mean const`, which is the same for all. A reward's whole gradient is the sum of the two. An exact update gathers
+such sums in rows, and its direction is a mixture of the rows. So all is decided on the rows' Gram, and P numbers are
+touched once.
+
+| method | advantage of an amortised update | at a solve |
 |---|---|---|
-| `weighted-sum` | of the weighted sum of raw scores | never |
+| `weighted-sum`, `gdpo`, `reward-dropout` | as their names say | never |
 | `uniform` | equal weights | only to learn the norms, if they are folded |
-| `marble` | smoothed min-norm weights, norms folded, spread matched | the same, from the refresh's gradients |
 | `published` | smoothed min-norm weights as they are | fresh weights on normalised gradients, rescaled |
+| all others | smoothed weights, norms folded, spread matched | the same, from the gradients just taken |
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from marble.advantages import fill_missing, group_advantages, has_signal
 from marble.balance.balancer import Balancer
+from marble.balance.controller import Controller
+from marble.balance.dual_cone import keep_floors
+from marble.balance.signals import Signals
+from marble.catalogue import FROM_GRADIENTS
 from marble.config import Balance, Config
 from marble.rewards import RewardTable
+from marble.seeds import generator
 
-
-@dataclass(frozen=True)
-class Signals:
-    """What an epoch's scores say, in advantages."""
-
-    per_reward: Tensor  # [N, K] float32, clipped by the objective later
-    weighted_sum: Tensor  # [N] float32, of the weighted sum of raw scores
-    applies: Tensor  # [N, K] bool
-    signal: Tensor  # [K] bool, see `has_signal`
-
-
-def signals_of(table: RewardTable, group_ids: Tensor, weights: Tensor, *, std: str) -> Signals:
-    """Advantages of every reward and of their weighted sum.
-
-    Where a reward judges none of a prompt's images it adds nothing to their sums; where it judges some, the others
-    count as their mean.
-    """
-    total = (fill_missing(table.scores, group_ids, table.applies) * weights).sum(dim=1, keepdim=True)
-    return Signals(
-        group_advantages(table.scores, group_ids, table.applies, std).float(),
-        group_advantages(total, group_ids, None, std)[:, 0].float(),
-        table.applies,
-        has_signal(table.scores, group_ids, table.applies),
-    )
-
-
-@dataclass(frozen=True)
-class Direction:
-    """The direction of an update, and the part of it that no advantage enters (None where nobody asked)."""
-
-    vector: Tensor  # [P]
-    free: Tensor | None  # [P]
+_MIN_NORM = ("marble", "published", "closed-loop", "mgda")
 
 
 class Method:
-    """One of the methods above: asks for gradients when it wants them, and gives the update's direction."""
+    """One of the methods: says which gradients it wants, and how to mix them."""
 
     def __init__(self, config: Config) -> None:
         """Set up from a checked configuration."""
         self.settings: Balance = config.balance
-        self.amax = config.objective.amax
-        self.fold = self.settings.norms == "folded"
+        self.amax, self.seed = config.objective.amax, config.seed
+        self.count = len(config.rewards)
+        name = self.settings.method
         self.match = self.settings.advantage_scale == "match"
+        self.halves = self.settings.estimate == "halves" and name in FROM_GRADIENTS
+        self.wanted = torch.tensor([term.priority for term in config.rewards], dtype=torch.float64)
+        self.floors = torch.tensor([term.floor for term in config.rewards])
+        self.updates = 0
+        self.lift = torch.zeros(self.count)  # what the floors added at the last solve, relative to the rest
+        self.controller: Controller | None = None
+        if name == "closed-loop":
+            self.controller = Controller(self.count, rate=self.settings.rate, limit=self.settings.limit)
         self.balancer: Balancer | None = None
-        if self.settings.method != "weighted-sum":
+        if name in FROM_GRADIENTS or name == "uniform":
             self.balancer = Balancer(
-                len(config.rewards),
+                self.count,
                 refresh=self.settings.refresh,
                 decay=self.settings.decay,
                 finish=self.settings.finish,
                 updates=config.budget.updates,
-                solver="uniform" if self.settings.method == "uniform" else "min-norm",
-                fold=self.fold,
+                solver="min-norm" if name in _MIN_NORM else name,
+                fold=self.settings.norms == "folded",
+                smooth=self.settings.smooth,
+                normalise=name != "mgda",
+                priorities=self.wanted,
+                seed=config.seed,
             )
 
     @property
     def to_the_letter(self) -> bool:
-        """Whether a refresh applies the fresh weights to normalised gradients, as published."""
-        return not self.fold and not self.match and self.settings.method in ("marble", "published")
+        """Whether a solve applies the fresh weights to normalised gradients, averaged where they apply, as published.
+
+        What is not the rewards' (the penalty on the distance to the base model) then stays out of the rows.
+        """
+        plain = self.settings.norms == "raw" and not self.match and self.settings.smooth == "weights"
+        return plain and self.settings.method in ("marble", "published") and not self.halves and not self.floors.any()
+
+    def observe(self, table: RewardTable) -> None:
+        """Take in an epoch's scores before its updates."""
+        if self.controller is not None and self.balancer is not None:
+            self.controller.observe(table)
+            self.balancer.priorities = self.wanted * self.controller.priorities
 
     def due(self) -> bool:
         """Whether the coming update wants every reward's gradient."""
         return self.balancer is not None and self.balancer.due()
 
+    def advance(self) -> None:
+        """Begin an update that is not `due()`."""
+        self.updates += 1
+        if self.balancer is not None:
+            self.balancer.step()
+
     def combined(self, signals: Signals) -> Tensor:
-        """`[N]`: the one advantage that an amortised update uses."""
-        if self.balancer is None:
-            return self._matched(signals.weighted_sum.clamp(-self.amax, self.amax))
+        """`[N]`: the one advantage that an amortised update uses, in an update that has begun."""
         clipped = signals.per_reward.clamp(-self.amax, self.amax)
-        return self._matched(clipped @ self.balancer.coefficients.to(clipped))
+        if self.settings.method == "weighted-sum":
+            return self._matched(signals.weighted_sum.clamp(-self.amax, self.amax))
+        if self.settings.method == "gdpo":
+            total = signals.per_reward @ self.wanted.to(clipped)
+            return self._matched((total - total.mean()) / (total.std(correction=0) + 1e-4))
+        if self.settings.method == "reward-dropout":
+            return self._matched(clipped @ self._kept(signals.signal).to(clipped))
+        assert self.balancer is not None
+        weights = self.balancer.coefficients.to(clipped)
+        return self._matched(clipped @ (weights + self.lift.to(clipped)))
+
+    def _kept(self, signal: Tensor) -> Tensor:
+        """Weights of the rewards that this update keeps: of those with a signal, at least one."""
+        draw = torch.rand(self.count, generator=generator(self.seed, "dropout", self.updates)).double()
+        draw = torch.where(signal, draw, -1.0) if signal.any() else draw
+        kept = (draw >= self.settings.dropout) | (draw == draw.max())
+        weights = torch.where(kept, self.wanted, 0.0)
+        return weights / weights.sum()
 
     def _matched(self, advantage: Tensor) -> Tensor:
         return advantage * self._strength(advantage) if self.match else advantage
@@ -100,44 +122,123 @@ class Method:
         some = advantage[advantage != 0]
         return 1 / some.square().mean().sqrt().clamp_min(1e-6) if len(some) else advantage.new_tensor(1.0)
 
-    def advance(self) -> None:
-        """Begin an update that is not `due()`."""
-        if self.balancer is not None:
-            self.balancer.step()
-
-    def refresh(self, rows: Tensor, signals: Signals, free: Tensor | None = None) -> Direction | None:
-        """Begin an update that is `due()`, with its gradients, and give its direction.
-
-        Args:
-            rows: `[K, P]`, every reward's gradient averaged over the images that it can judge, if `to_the_letter`;
-                else `[K + 1, P]`, every reward's and the advantage-free one, averaged over all images.
-            signals: of this epoch.
-            free: `[K, P]`, if `to_the_letter`: the advantage-free parts of `rows`, for a diagnosis.
+    def columns(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """What an exact update gathers: a row for every column, `mean_n column[n] grad slope_n` or `… grad const_n`.
 
         Returns:
-            The direction; None after a published refresh in which no reward has a signal. Matched advantages that
-            exceed the objective's bound are clipped in amortised updates, but not here.
+            `[N, J]` advantages for `slope`, `[N, I]` weights for `const`.
+        """
+        ones = torch.ones(len(signals.half), 1)
+        if self.halves:
+            sides = torch.stack([signals.half == 0, signals.half == 1], dim=1).to(ones)
+            return (sides[:, :, None] * signals.per_reward[:, None]).flatten(1), sides
+        if self.to_the_letter:
+            return signals.per_reward, torch.cat([signals.applies.to(ones), ones], dim=1)
+        return signals.per_reward, ones
+
+    def parts(self) -> Tensor:
+        """`[K + 1, J + I]`: the rewards' own parts and the common one, as mixtures of the rows."""
+        every = torch.eye(self.count, dtype=torch.float64)
+        common = torch.zeros(self.count, 1, dtype=torch.float64)
+        if self.halves:
+            own, const = torch.cat([every, every, common, common], dim=1), [1.0, 1.0]
+        elif self.to_the_letter:
+            own, const = torch.cat([every, 0 * every, common], dim=1), [1.0]
+        else:
+            own, const = torch.cat([every, common], dim=1), [1.0]
+        last = torch.tensor([0.0] * (own.shape[1] - len(const)) + const, dtype=torch.float64)
+        return torch.cat([own, last[None]])
+
+    def solve(self, gram: Tensor, signals: Signals) -> Tensor | None:
+        """Begin an update that is `due()`.
+
+        Args:
+            gram: `[J + I, J + I]` inner products of the rows that `columns` asked for.
+            signals: of this epoch.
+
+        Returns:
+            `[J + I]` float64: the direction as a mixture of the rows; None if it is to the letter and no reward has a
+            signal. Matched advantages beyond the objective's bound are clipped in amortised updates, but not here.
         """
         assert self.balancer is not None
-        count = self.balancer.num_rewards
-        own = rows[:count].double()
-        self.balancer.step(own @ own.T, signals.signal)
+        self.updates += 1
+        gram = gram.detach().cpu().double()
         if self.to_the_letter:
-            weights = self._published_weights(own.norm(dim=1), signals.signal)
-            if weights is None:
-                return None
-            vector = (weights @ own).to(rows.dtype)
-            return Direction(vector, None if free is None else weights.to(free) @ free)
-        weights = self.balancer.coefficients.to(rows)
+            return self._solve_to_the_letter(gram, signals)
+        parts = self.parts()
+        biased = _products(parts, gram)
+        estimate = self._across(gram) if self.halves else biased
+        self.balancer.step(self._of_rewards(estimate), signals.signal, self._of_rewards(biased).diagonal())
+        weights = self.balancer.coefficients
         clipped = signals.per_reward.clamp(-self.amax, self.amax)
-        strength = self._strength(clipped @ weights) if self.match else 1.0
-        return Direction(rows[count] + strength * (weights @ (rows[:count] - rows[count])), rows[count])
+        strength = self._strength(clipped @ weights.to(clipped)).double() if self.match else 1.0
+        usable = biased.diagonal()[:-1].isfinite()
+        mixture = torch.cat([torch.where(usable, strength * weights, 0.0), weights.new_ones(1)])
+        lifted = self._above_floors(biased, mixture, usable)
+        self.lift = (lifted[:-1] / lifted[-1] - mixture[:-1]) / strength
+        return lifted @ parts
 
-    def _published_weights(self, norms: Tensor, signal: Tensor) -> Tensor | None:
+    def _across(self, gram: Tensor) -> Tensor:
+        """`[K + 1, K + 1]` products of parts from the two halves' rows, free of the noise that one batch shares."""
+        count, rows = self.count, torch.eye(len(gram), dtype=torch.float64)
+        first = torch.cat([rows[:count], rows[2 * count : 2 * count + 1]])
+        second = torch.cat([rows[count : 2 * count], rows[2 * count + 1 :]])
+        across = _products(torch.cat([first, second]), gram)[: count + 1, count + 1 :]
+        return 2 * (across + across.T)  # either half is expected to be half of the whole
+
+    def _solve_to_the_letter(self, gram: Tensor, signals: Signals) -> Tensor | None:
         """`alpha_k mean|g| / |g_k|` of the fresh solution; rewards without a signal take no part."""
         assert self.balancer is not None
-        used = (norms > 0) & signal
+        share = signals.applies.double().mean(dim=0).clamp_min(1 / len(signals.applies))
+        every = torch.eye(self.count, dtype=torch.float64) / share
+        whole = torch.cat([every, every, every.new_zeros(self.count, 1)], dim=1)
+        gram = _products(whole, gram)
+        self.balancer.step(gram, signals.signal)
+        norms, used = gram.diagonal().clamp_min(0).sqrt(), ~self.balancer.missing
         if self.balancer.solution is None or not used.any():
             return None
         alpha = torch.where(used, self.balancer.solution, 0.0)
-        return torch.where(used, alpha / alpha.sum() / norms, 0.0) * norms[used].mean()
+        return torch.where(used, alpha / alpha.sum() / norms, 0.0) * norms[used].mean() @ whole
+
+    def _of_rewards(self, gram: Tensor) -> Tensor:
+        """`[K, K]` of what is balanced: whole gradients, or their parts that advantages enter."""
+        own, const = gram[:-1, :-1], gram[:-1, -1]
+        return own if self.settings.gradients == "advantage" else own + const[:, None] + const + gram[-1, -1]
+
+    def _above_floors(self, gram: Tensor, mixture: Tensor, usable: Tensor) -> Tensor:
+        """The nearest mixture whose direction opposes neither the own part of a floor's gradient nor the whole."""
+        kept = (self.floors & usable).nonzero().flatten()
+        if not len(kept):
+            return mixture
+        gram = torch.where(gram.isfinite(), gram, 0.0)
+        every = torch.eye(len(gram), dtype=torch.float64)
+        rows = torch.cat([every, every[kept], every[kept] + every[-1]])  # the parts, then every floor's own and whole
+        floors = torch.arange(len(rows)) >= len(every)
+        weights = torch.cat([mixture, mixture.new_zeros(2 * len(kept))])
+        return keep_floors(rows @ gram @ rows.T, weights, floors) @ rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that updates and epochs change."""
+        return {
+            "updates": self.updates,
+            "lift": self.lift,
+            "balancer": None if self.balancer is None else self.balancer.state_dict(),
+            "controller": None if self.controller is None else self.controller.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.updates, self.lift = state["updates"], state["lift"].clone()
+        for part in (self.balancer, self.controller):
+            if part is not None:
+                part.load_state_dict(state["balancer" if part is self.balancer else "controller"])
+
+
+def _products(mixtures: Tensor, gram: Tensor) -> Tensor:
+    """`[M, M]` inner products of mixtures `[M, R]` of R vectors; a vector that is not finite spoils its own alone."""
+    fine = gram.diagonal().isfinite()
+    products = mixtures @ torch.where(fine[:, None] & fine, gram, 0.0) @ mixtures.T
+    spoilt = (mixtures[:, ~fine] != 0).any(dim=1)
+    products[spoilt] = torch.nan
+    products[:, spoilt] = torch.nan
+    return products

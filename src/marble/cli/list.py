@@ -8,13 +8,7 @@ from typing import Literal
 
 import tyro
 
-METHODS = {
-    "marble": "min-norm weights of per-reward gradients, norms folded in, advantage spread matched",
-    "published": "the same as its paper has it: weights applied to raw gradients between refreshes",
-    "uniform": "equal weights on per-reward advantages",
-    "weighted-sum": "one advantage of the weighted sum of raw scores, as PPO and GRPO pipelines do",
-}
-OBJECTIVES = {"nft": "DiffusionNFT: towards good samples and away from bad ones, relative to the old policy"}
+from marble.catalogue import METHODS, OBJECTIVES
 
 
 @dataclass

@@ -1,0 +1,50 @@
+"""An epoch's scores as advantages: what every method starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marble.advantages import fill_missing, group_advantages, has_signal
+from marble.rewards import RewardTable
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What an epoch's scores say, in advantages."""
+
+    per_reward: Tensor  # [N, K] float32, clipped by the objective later
+    weighted_sum: Tensor  # [N] float32, of the weighted sum of raw scores
+    applies: Tensor  # [N, K] bool
+    signal: Tensor  # [K] bool, see `has_signal`
+    half: Tensor  # [N] int64, 0 or 1: two halves of the batch that share no prompt
+
+
+def signals_of(table: RewardTable, group_ids: Tensor, weights: Tensor, *, std: str) -> Signals:
+    """Advantages of every reward and of their weighted sum.
+
+    Where a reward judges none of a prompt's images it adds nothing to their sums; where it judges some, the others
+    count as their mean. The halves take turns over the prompts that the same rewards judge, so that each reward is
+    in both of them as evenly as can be.
+    """
+    total = (fill_missing(table.scores, group_ids, table.applies) * weights).sum(dim=1, keepdim=True)
+    return Signals(
+        group_advantages(table.scores, group_ids, table.applies, std).float(),
+        group_advantages(total, group_ids, None, std)[:, 0].float(),
+        table.applies,
+        has_signal(table.scores, group_ids, table.applies),
+        _halves(table.applies, group_ids),
+    )
+
+
+def _halves(applies: Tensor, group_ids: Tensor) -> Tensor:
+    groups, member = group_ids.unique(return_inverse=True)
+    seen: dict[tuple[bool, ...], int] = {}
+    side = torch.zeros(len(groups), dtype=torch.int64)
+    for group in range(len(groups)):
+        kind = tuple(applies[member == group].any(dim=0).tolist())
+        seen[kind] = seen.get(kind, -1) + 1
+        side[group] = (seen[kind] + len(seen)) % 2
+    return side[member]

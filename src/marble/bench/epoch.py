@@ -1,0 +1,96 @@
+"""Whole epochs of the embedded model: rollout, rewards, advantages, one update at 9 of 10 timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marble.balance.signals import signals_of
+from marble.bench.measure import interleaved, ratio, summary
+from marble.bench.update import REFRESH
+from marble.config import Config, make_config, read_config
+from marble.objectives.visit import plan_epoch
+from marble.rewards import score_images
+from marble.rollout import collect
+from marble.setup import Parts, assemble
+from marble.step import make_update
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "weighted sum": {"method": "weighted-sum"},
+    "exact": {"refresh": 1},
+    f"amortised N={REFRESH}": {"refresh": REFRESH},
+    f"amortised N={REFRESH}, solved on a third": {"refresh": REFRESH, "solve_share": 1 / 3},
+}
+
+
+def bench_epoch(*, repeats: int = 7, prompts: int = 6, group_size: int = 12, micro_batch: int = 72) -> dict[str, Any]:
+    """Measure whole epochs of the demo's set-up at 10 sampling steps, 9 of them trained, one update an epoch.
+
+    An epoch of an amortised arm is the mean of one with a solve and nine without, each measured in every round.
+
+    Returns:
+        For every arm `seconds` an epoch and `speed` against the weighted sum (medians and middle halves); `phases`:
+        seconds of rollout, rewards and update of the weighted sum's last epoch.
+    """
+    from importlib.resources import files
+
+    base = read_config(Path(str(files("marble"))) / "configs" / "demo.yaml")
+    base["rollout"] |= {"prompts": prompts, "group_size": group_size, "steps": 10, "batch": prompts * group_size}
+    base["objective"] |= {"timesteps": 9}
+    base["optimizer"] |= {"updates_per_epoch": 1, "micro_batch": micro_batch}
+    base |= {"diagnose_every": 0, "held_out_rewards": []}
+    arms: dict[str, Callable[[], object]] = {}
+    phases: dict[str, float] = {}
+    for name, settings in _SETTINGS.items():
+        config = make_config({**base, "balance": settings})
+        parts = assemble(config)
+        if settings.get("refresh") == REFRESH:
+            arms[f"{name}: solve"] = _Epochs(config, parts, at=0)
+            if "solve_share" not in settings:
+                arms[f"{name}: between"] = _Epochs(config, parts, at=1)
+        else:
+            arms[name] = _Epochs(config, parts, phases=phases if name == "weighted sum" else None)
+    seconds = interleaved(arms, repeats, torch.device("cpu"))
+    between = seconds.pop(f"amortised N={REFRESH}: between")
+    for name in [name for name in seconds if name.endswith(": solve")]:
+        pairs = zip(seconds.pop(name), between, strict=True)
+        seconds[name.removesuffix(": solve")] = [(s + (REFRESH - 1) * b) / REFRESH for s, b in pairs]
+    plain = seconds["weighted sum"]
+    rows = {name: {"seconds": summary(values), "speed": ratio(plain, values)} for name, values in seconds.items()}
+    images = prompts * group_size
+    return {"images": images, "micro_batch": micro_batch, "repeats": repeats, "phases": phases, "arms": rows}
+
+
+class _Epochs:
+    """Runs one epoch after another; `at` holds the schedule at one of its updates."""
+
+    def __init__(
+        self, config: Config, parts: Parts, *, at: int | None = None, phases: dict[str, float] | None = None
+    ) -> None:
+        self.config, self.parts, self.at, self.phases, self.epoch = config, parts, at, phases, 0
+
+    def __call__(self) -> None:
+        config, parts = self.config, self.parts
+        if self.at is not None and parts.method.balancer is not None:
+            parts.method.balancer.done = self.at
+        batch = parts.prompts.batch(self.epoch)
+        rollout = collect(parts.policy, batch, steps=config.rollout.steps, images_per_call=config.rollout.batch)
+        table = score_images(parts.rewards, rollout.images, batch.records, batch.group_ids)
+        signals = signals_of(table, batch.group_ids, parts.weights, std=config.objective.std)
+        plan = plan_epoch(
+            len(rollout.x0),
+            config.rollout.steps,
+            timesteps=config.objective.timesteps,
+            updates=1,
+            micro_batch=config.optimizer.micro_batch,
+            seed=config.seed,
+            epoch=self.epoch,
+        )
+        metrics = make_update(config, parts, rollout, signals, plan[0])
+        parts.updater.end_epoch()
+        self.epoch += 1
+        if self.phases is not None:
+            self.phases |= {"update": metrics["update_seconds"]}

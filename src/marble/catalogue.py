@@ -1,0 +1,33 @@
+"""The methods and objectives that a config can name: each in one line, once."""
+
+from __future__ import annotations
+
+FROM_GRADIENTS = {
+    "marble": "min-norm weights of the rewards' gradients, norms folded in, advantage spread matched",
+    "published": "the same as its paper has it: weights applied to raw gradients between refreshes",
+    "closed-loop": "marble, with priorities that lift the reward whose measured progress lags",
+    "mgda": "min-norm weights of gradients that are not normalised",
+    "upgrad": "mean of the gradients, each turned until it conflicts with none",
+    "dualproj": "mean of the gradients, turned until it conflicts with none",
+    "cagrad": "best for the worst-served reward within a ball around the mean gradient",
+    "nash-mtl": "the bargain in which every reward gains the same share",
+    "pcgrad": "gradients projected off each other in random order",
+    "imtl-g": "equal projections on all gradients",
+    "aligned-mtl": "gradients made orthogonal and equally long",
+}
+"""Methods that ask for every reward's own gradient."""
+
+FROM_ADVANTAGES = {
+    "uniform": "equal weights on per-reward advantages",
+    "weighted-sum": "one advantage of the weighted sum of raw scores, as PPO and GRPO pipelines do",
+    "gdpo": "per-reward advantages summed and normalised again over the batch",
+    "reward-dropout": "per-reward advantages of a random part of the rewards in every update",
+}
+"""Methods that combine advantages and need one gradient only."""
+
+METHODS = FROM_GRADIENTS | FROM_ADVANTAGES
+
+OBJECTIVES = {
+    "nft": "DiffusionNFT: towards good samples and away from bad ones, relative to the old policy",
+    "awm": "advantage-weighted matching: the pretraining loss weighted by the advantage, clipped as in PPO",
+}
