@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from marble import MarbleError
+from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS, METHODS, OBJECTIVES
 from marble.config import Config, Decay, check_names, dump_config, make_config, read_config
 
 DEMO = Path(__file__).parent.parent / "src" / "marble" / "configs" / "demo.yaml"
@@ -104,6 +105,102 @@ def test_published_is_one_word(demo):
     demo["balance"] = {"method": "published"}
     balance = make_config(demo).balance
     assert (balance.advantage_scale, balance.norms) == ("published", "raw")
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("smooth", "gram", "balance.smooth: published has weights, got gram; use balance.method = marble"),
+        ("estimate", "halves", "balance.estimate: published has batch, got halves; use"),
+        ("gradients", "advantage", "balance.gradients: published has whole, got advantage; use"),
+        ("advantage_scale", "match", "got advantage_scale = match and norms = raw; use method = marble"),
+    ],
+)
+def test_published_is_to_the_letter(demo, field, change, message):
+    demo["balance"] = {"method": "published", field: change}
+    assert message in complaint(demo)
+
+
+def test_halves_are_averaged_and_have_two_prompts_of_every_source(demo):
+    demo["balance"] = {"estimate": "halves"}
+    demo["rollout"]["prompts"] = 5
+    text = complaint(demo)
+    assert "balance.estimate: halves is too noisy to solve on unaveraged; use balance.smooth = gram" in text
+    assert "rollout.prompts: halves need two prompts of every source, got 5; use 6" in text
+
+
+@pytest.mark.parametrize("method", sorted(set(FROM_ADVANTAGES) - {"uniform"}))
+@pytest.mark.parametrize(("field", "value"), [("smooth", "gram"), ("solve_share", 0.5), ("gradients", "advantage")])
+def test_settings_of_solves_are_refused_where_nothing_is_solved(demo, method, field, value):
+    demo["balance"] = {"method": method, field: value}
+    assert f"balance.{field}: {method} takes no reward's gradient" in complaint(demo)
+
+
+@pytest.mark.parametrize("method", [*FROM_ADVANTAGES, "published"])
+def test_a_floor_needs_every_rewards_gradient(demo, method):
+    demo["balance"] = {"method": method}
+    demo["rewards"][3]["floor"] = True
+    text = complaint(demo)
+    assert "rewards.3.floor: needs a method that takes every reward's gradient" in text
+    assert f"got balance.method = {method}; use marble" in text
+
+
+@pytest.mark.parametrize("method", sorted(set(FROM_GRADIENTS) - {"published"}))
+def test_floors_and_priorities_go_with_every_other_method(demo, method):
+    demo["balance"] = {"method": method, "smooth": "gram", "estimate": "halves", "gradients": "advantage"}
+    demo["rewards"][3] |= {"floor": True, "priority": 2}
+    term = make_config(demo).rewards[3]
+    assert (term.floor, term.priority) == (True, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "instead"),
+    [("weighted-sum", "use rewards.N.weight instead"), ("published", "use balance.method = marble")],
+)
+def test_a_priority_that_would_not_count(demo, method, instead):
+    demo["balance"] = {"method": method}
+    demo["rewards"][1]["priority"] = 2
+    assert f"rewards.1.priority: {method} knows none, got 2.0; {instead}" in complaint(demo)
+    demo["rewards"][1]["priority"] = 1
+    make_config(demo)
+
+
+def test_closed_loop_compares_rewards(demo):
+    demo["balance"] = {"method": "closed-loop"}
+    make_config(demo)
+    demo["rewards"] = demo["rewards"][:1]
+    assert "balance.method: closed-loop compares rewards, got one reward; use marble" in complaint(demo)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "wrong", "right"),
+    [
+        ("balance", "method", "pc-grad", "pcgrad"),
+        ("balance", "method", "marbel", "marble"),
+        ("objective", "name", "ntf", "nft"),
+    ],
+)
+def test_an_unknown_method_or_objective(demo, section, field, wrong, right):
+    demo[section] = {field: wrong}
+    text = complaint(demo)
+    assert f'"{wrong}" is not one of {", ".join(METHODS if section == "balance" else OBJECTIVES)}.' in text
+    assert f'Did you mean "{right}"?' in text
+
+
+def test_an_unknown_method_is_said_with_its_field(demo):
+    demo["balance"] = {"method": "marbel"}
+    demo["objective"]["name"] = "ntf"
+    text = complaint(demo)
+    assert 'balance.method: "marbel" is not one of' in text
+    assert 'objective.name: "ntf" is not one of' in text
+
+
+def test_several_broken_rules_at_once(demo):
+    demo["balance"] = {"method": "published", "smooth": "gram"}
+    demo["rewards"][0] |= {"floor": True, "priority": 3}
+    text = complaint(demo)
+    for field in ("balance.smooth", "rewards.0.floor", "rewards.0.priority"):
+        assert f"\n  {field}: " in text
 
 
 def test_files_that_are_no_configs(tmp_path):

@@ -23,7 +23,7 @@ FROM_ADVANTAGES = {
     "gdpo": "per-reward advantages summed and normalised again over the batch",
     "reward-dropout": "per-reward advantages of a random part of the rewards in every update",
 }
-"""Methods that combine advantages and need one gradient only."""
+"""Methods that combine advantages. `uniform` looks at gradients too, for their norms, if those are folded."""
 
 METHODS = FROM_GRADIENTS | FROM_ADVANTAGES
 

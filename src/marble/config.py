@@ -53,7 +53,7 @@ class RewardTerm(_Section):
     reward: str = Field(description="registered name, or package.module:Class")
     weight: float = Field(1.0, gt=0, description="weight in the weighted sum; balancing methods do not use it")
     priority: float = Field(1.0, gt=0, description="progress asked for, relative to the other rewards'")
-    floor: bool = Field(False, description="never traded away: no update's direction opposes this reward's gradient")
+    floor: bool = Field(False, description="never traded away: no solved direction opposes this reward's gradient")
 
 
 class Rollout(_Section):
@@ -265,7 +265,8 @@ def _lines(error: ValidationError) -> list[str]:
                 f"  {where}: unknown setting.{nearest(str(item['loc'][-1]), fields)} Known here: {', '.join(fields)}"
             )
         elif item["type"] == "value_error":
-            lines.append(f"  {item['msg'].removeprefix('Value error, ')}")
+            message = item["msg"].removeprefix("Value error, ")  # rules on the whole config name their fields
+            lines.append(f"  {where}: {message}" if item["loc"] else f"  {message}")
         elif item["type"] == "missing":
             lines.append(f"  {where}: is required")
         else:

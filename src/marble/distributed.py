@@ -27,7 +27,10 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 def total(number: float) -> float:
     """The sum of a number over all processes."""
-    return sum_over_processes(torch.tensor(number, dtype=torch.float64)).item() if active() else number
+    if not active():
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return sum_over_processes(torch.tensor(number, dtype=torch.float64, device=device)).item()
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:

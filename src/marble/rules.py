@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from marble.catalogue import FROM_GRADIENTS
+from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS
 
 if TYPE_CHECKING:
     from marble.config import Config
@@ -102,6 +102,18 @@ def _preferences(config: Config) -> list[str]:
         if method == "published" and getattr(balance, field) != only:
             problems.append(
                 f"balance.{field}: published has {only}, got {getattr(balance, field)}; use balance.method = marble"
+            )
+    explicit = balance.model_fields_set & {*plain, "solve_share"}
+    for field in sorted(explicit) if method in FROM_ADVANTAGES and method != "uniform" else ():
+        problems.append(f"balance.{field}: {method} takes no reward's gradient, so this changes nothing; leave it out")
+    if balance.estimate == "halves":
+        if balance.smooth != "gram":
+            problems.append("balance.estimate: halves is too noisy to solve on unaveraged; use balance.smooth = gram")
+        shares = [source.share for source in config.prompts]
+        if min(split_by_share(shares, config.rollout.prompts)) < 2:
+            enough = next(n for n in itertools.count(2) if min(split_by_share(shares, n)) >= 2)
+            problems.append(
+                f"rollout.prompts: halves need two prompts of every source, got {config.rollout.prompts}; use {enough}"
             )
     if method == "closed-loop" and len(config.rewards) < 2:
         problems.append("balance.method: closed-loop compares rewards, got one reward; use marble")

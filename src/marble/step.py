@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marble.balance.method import products
 from marble.balance.signals import Signals
 from marble.config import Config
 from marble.diagnose import reward_cosines, worst_cosines
@@ -70,14 +71,14 @@ class _Update:
         self.complete = False  # whether the rows hold the whole update
         self.mixture: Tensor | None = None  # [R], the direction's
         if self.due or self.diagnose:
-            share = 1.0 if self.diagnose else config.balance.solve_share
-            self.exact, self.complete = math.ceil(share * len(plan)), share == 1 and not self.apart
+            share = config.balance.solve_share if self.due else 1.0
+            self.exact = math.ceil(share * len(plan))
+            self.complete = share == 1 and not (self.apart and self.kl_weight)
             if self.diagnose:
                 self.for_slope = torch.cat(
                     [self.for_slope, signals.weighted_sum[:, None], self.combined[:, None]], dim=1
                 )
-            count = self.for_slope.shape[1] + self.for_const.shape[1]
-            self.rows = torch.zeros(count, self.engine.count, dtype=self.engine.dtype)
+            self.rows = self.engine.zeros(self.for_slope.shape[1] + self.for_const.shape[1])
         self.loss = self.kl = 0.0
         self.metrics: dict[str, Any] = {}
 
@@ -133,7 +134,7 @@ class _Update:
             }
             self.metrics |= worst_cosines(gram, parts, self.signals.signal, directions)
             if self.metrics:
-                self.metrics["reward_cosines"] = reward_cosines(parts[:-1] @ gram @ parts[:-1].T).tolist()
+                self.metrics["reward_cosines"] = reward_cosines(products(parts[:-1], gram)).tolist()
 
     def finish(self, names: list[str]) -> dict[str, Any]:
         """Step, and say how it went."""

@@ -103,16 +103,18 @@ class Balancer:
     def coefficients(self) -> Tensor:
         """`[K]` float64 summing to 1: what to weigh the rewards' advantages with in an amortised update.
 
-        `alpha`; with `fold`, `alpha_k / |g_k|` renormalised, a reward without a known norm taking the mean.
+        `alpha`; with `fold`, `alpha_k / |g_k|` renormalised, a reward without a known norm taking the mean. Weights of
+        both signs may then add up to 0 or less; such a solution counts as equal weights of normalised gradients.
         """
         if not self.fold or self.norms is None:
             return self.alpha
         known = self.norms > 0
         if not known.any():
             return self.alpha
-        folded = self.alpha / torch.where(known, self.norms, self.norms[known].mean())
-        total = folded.sum()
-        return folded / total if total > 0 else self.alpha
+        norms = torch.where(known, self.norms, self.norms[known].mean())
+        folded = self.alpha / norms
+        folded = folded if folded.sum() > 0 else 1 / norms
+        return folded / folded.sum()
 
     def due(self) -> bool:
         """Whether the coming update wants a fresh Gram."""
@@ -161,9 +163,9 @@ class Balancer:
         if self.norms is None:
             self.norms = torch.zeros(self.num_rewards, dtype=torch.float64)
         self.norms[chosen] = norms
-        if self.normalise:
-            gram = (gram / (norms[:, None] * norms)).clamp(-1, 1)
-            gram.fill_diagonal_(1)
+        cosines = (gram / (norms[:, None] * norms)).clamp(-1, 1)
+        cosines.fill_diagonal_(1)
+        gram = cosines if self.normalise else cosines * norms[:, None] * norms
         before = self._average if self._average is not None else self.priorities / self.priorities.sum()
         share = before[chosen].sum() if before[chosen].sum() > 0 else before.new_tensor(1.0)
         solved = before.clone()
@@ -190,7 +192,8 @@ class Balancer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `step` changes, and the priorities."""
-        return {name: getattr(self, name) for name in _STATE}
+        values = {name: getattr(self, name) for name in _STATE}
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""

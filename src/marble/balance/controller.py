@@ -60,7 +60,7 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been observed."""
-        return {"epochs": self.epochs, "start": self.start, "spread": self.spread, "mean": self.mean}
+        return {name: getattr(self, name).clone() for name in ("epochs", "start", "spread", "mean")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""

@@ -103,7 +103,8 @@ class Method:
             return self._matched(clipped @ self._kept(signals.signal).to(clipped))
         assert self.balancer is not None
         weights = self.balancer.coefficients.to(clipped)
-        return self._matched(clipped @ (weights + self.lift.to(clipped)))
+        strength = self._strength(clipped @ weights) if self.match else 1.0  # as at the solve: before the floors
+        return strength * (clipped @ (weights + self.lift.to(clipped)))
 
     def _kept(self, signal: Tensor) -> Tensor:
         """Weights of the rewards that this update keeps: of those with a signal, at least one."""
@@ -166,7 +167,7 @@ class Method:
         if self.to_the_letter:
             return self._solve_to_the_letter(gram, signals)
         parts = self.parts()
-        biased = _products(parts, gram)
+        biased = products(parts, gram)
         estimate = self._across(gram) if self.halves else biased
         self.balancer.step(self._of_rewards(estimate), signals.signal, self._of_rewards(biased).diagonal())
         weights = self.balancer.coefficients
@@ -174,7 +175,7 @@ class Method:
         strength = self._strength(clipped @ weights.to(clipped)).double() if self.match else 1.0
         usable = biased.diagonal()[:-1].isfinite()
         mixture = torch.cat([torch.where(usable, strength * weights, 0.0), weights.new_ones(1)])
-        lifted = self._above_floors(biased, mixture, usable)
+        lifted = self._above_floors(biased, mixture, usable & signals.signal)
         self.lift = (lifted[:-1] / lifted[-1] - mixture[:-1]) / strength
         return lifted @ parts
 
@@ -183,7 +184,7 @@ class Method:
         count, rows = self.count, torch.eye(len(gram), dtype=torch.float64)
         first = torch.cat([rows[:count], rows[2 * count : 2 * count + 1]])
         second = torch.cat([rows[count : 2 * count], rows[2 * count + 1 :]])
-        across = _products(torch.cat([first, second]), gram)[: count + 1, count + 1 :]
+        across = products(torch.cat([first, second]), gram)[: count + 1, count + 1 :]
         return 2 * (across + across.T)  # either half is expected to be half of the whole
 
     def _solve_to_the_letter(self, gram: Tensor, signals: Signals) -> Tensor | None:
@@ -192,7 +193,7 @@ class Method:
         share = signals.applies.double().mean(dim=0).clamp_min(1 / len(signals.applies))
         every = torch.eye(self.count, dtype=torch.float64) / share
         whole = torch.cat([every, every, every.new_zeros(self.count, 1)], dim=1)
-        gram = _products(whole, gram)
+        gram = products(whole, gram)
         self.balancer.step(gram, signals.signal)
         norms, used = gram.diagonal().clamp_min(0).sqrt(), ~self.balancer.missing
         if self.balancer.solution is None or not used.any():
@@ -234,11 +235,11 @@ class Method:
                 part.load_state_dict(state["balancer" if part is self.balancer else "controller"])
 
 
-def _products(mixtures: Tensor, gram: Tensor) -> Tensor:
+def products(mixtures: Tensor, gram: Tensor) -> Tensor:
     """`[M, M]` inner products of mixtures `[M, R]` of R vectors; a vector that is not finite spoils its own alone."""
     fine = gram.diagonal().isfinite()
-    products = mixtures @ torch.where(fine[:, None] & fine, gram, 0.0) @ mixtures.T
+    found = mixtures @ torch.where(fine[:, None] & fine, gram, 0.0) @ mixtures.T
     spoilt = (mixtures[:, ~fine] != 0).any(dim=1)
-    products[spoilt] = torch.nan
-    products[:, spoilt] = torch.nan
-    return products
+    found[spoilt] = torch.nan
+    found[:, spoilt] = torch.nan
+    return found

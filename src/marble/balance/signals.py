@@ -41,10 +41,10 @@ def signals_of(table: RewardTable, group_ids: Tensor, weights: Tensor, *, std: s
 
 def _halves(applies: Tensor, group_ids: Tensor) -> Tensor:
     groups, member = group_ids.unique(return_inverse=True)
-    seen: dict[tuple[bool, ...], int] = {}
+    turn: dict[tuple[bool, ...], int] = {}  # whose it is next; the kinds do not all begin with the same half
     side = torch.zeros(len(groups), dtype=torch.int64)
     for group in range(len(groups)):
         kind = tuple(applies[member == group].any(dim=0).tolist())
-        seen[kind] = seen.get(kind, -1) + 1
-        side[group] = (seen[kind] + len(seen)) % 2
+        side[group] = turn.setdefault(kind, len(turn) % 2)
+        turn[kind] = 1 - turn[kind]
     return side[member]

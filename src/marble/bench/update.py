@@ -71,7 +71,7 @@ class Phase:
     def exact(self) -> None:
         """Every reward's gradient by the engine, and a solve."""
         rewards = self.advantages.shape[1]
-        rows = torch.zeros(rewards + 1, self.engine.count, device=self.device)
+        rows = self.engine.zeros(rewards + 1)
         weights = self.advantages / len(self.x0)
         with self.engine:
             loss = self.loss()

@@ -163,6 +163,10 @@ class PerRewardGradients:
         """Share of the P parameters that are in fast layers, 0 to 1."""
         return 1 - sum(self._columns[id(p)].stop - self._columns[id(p)].start for p in self._slow()) / self.count
 
+    def zeros(self, count: int) -> Tensor:
+        """`[count, P]` rows for `accumulate`, where the parameters are."""
+        return torch.zeros(count, self.count, dtype=self.dtype, device=self._probe.device)
+
     def compute(
         self, loss: AffineLoss, advantages: Tensor, applies: Tensor | None = None, *, retain_graph: bool = True
     ) -> Tensor:
@@ -183,7 +187,7 @@ class PerRewardGradients:
         """
         check_advantages(loss, advantages)
         effective = self._weights_of(loss.effective(advantages.to(loss.const)))
-        rows = torch.zeros(advantages.shape[1], self.count, dtype=self.dtype, device=self._probe.device)
+        rows = self.zeros(advantages.shape[1])
         if applies is None:
             mean = torch.full_like(effective[:, :1], 1 / len(effective))
         else:
@@ -348,7 +352,7 @@ class PerRewardGradients:
         if not fast:
             return
         unlike = 1 + 0.5 * torch.arange(1, self._samples + 1, device=losses.device).to(losses.dtype).sin()
-        row = torch.zeros(2, self.count, dtype=self.dtype, device=self._probe.device)
+        row = self.zeros(2)
         self._sweep(losses, torch.stack([unlike, -unlike], dim=1), row, keep=True)
         wrong, tolerance = set(), 0.05 if self._half else 1e-3
         least = 1e-3 * tolerance * row[0].norm()

@@ -67,7 +67,7 @@ def plan_epoch(
     for part in torch.arange(len(images)).tensor_split(updates):
         mine = part[(images[part] >= own.start) & (images[part] < own.stop)]
         plan.append([])
-        for chosen in mine.split(micro_batch):
+        for chosen in mine.split(micro_batch) if len(mine) else ():  # of nothing, `split` makes one empty part
             at = zip(images[chosen].tolist(), passes[chosen].tolist(), strict=True)
             seeds = tuple(derive(seed, "noise", epoch, image, p) for image, p in at)
             plan[-1].append(Visits(images[chosen] - own.start, steps[chosen], seeds))

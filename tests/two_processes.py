@@ -1,0 +1,158 @@
+"""What `test_distributed.py` runs, alone and beside `python -m tests.two_processes FOLDER PIPELINE`."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from marble import Balancer, PerRewardGradients, nft_loss
+from marble.config import Config
+from marble.distributed import sum_gradients, sum_over_processes
+from marble.gradients import gram_of
+
+from .small import IMAGES, REWARDS, Trial, config_of, flat
+
+PATIENCE = 60  # seconds that one process waits for the other
+UPDATES, COUNT = 6, 8
+OWN = {None: range(COUNT), 0: range(3), 1: range(3, COUNT)}  # not in the middle: shares need not be equal
+
+CASES: dict[str, Config] = {
+    "exact": config_of(objective={"kl": 0.1}),
+    "amortised": config_of(balance={"refresh": 3}, objective={"kl": 0.1}),
+    "published": config_of(balance={"method": "published", "refresh": 2}, objective={"kl": 0.1}),
+    "diagnosed": config_of(balance={"refresh": 2, "estimate": "halves", "smooth": "gram"}, diagnose_every=1),
+    "weighted sum": config_of(balance={"method": "weighted-sum"}),
+    "solve on a share": config_of(balance={"solve_share": 0.5}, optimizer={"micro_batch": 3}),
+    "one visit an update": config_of(balance={"refresh": 2}, optimizer={"updates_per_epoch": 24}, diagnose_every=3),
+}
+SPLIT = {None: None, 0: range(5), 1: range(5, IMAGES)}
+
+
+class LowRank(nn.Module):
+    """A frozen layer and two thin ones beside it, in double precision."""
+
+    def __init__(self, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base, self.down, self.up = (
+            nn.Linear(a, b, bias=False).double() for a, b in ((width, width), (width, 2), (2, width))
+        )
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.4 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
+        self.base.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def toy_run(own: range) -> dict[str, Any]:
+    """Some updates of a toy network, every second one exact, in two micro-batches: the library's parts, no `step.py`.
+
+    Returns:
+        The parameters `[P]` at the end, the balance after each update, and what was reduced during each.
+    """
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Sequential(LowRank(6, generator), nn.Tanh(), LowRank(6, generator))
+    x, x0, old = torch.randn(3, COUNT, 4, 6, dtype=torch.float64, generator=generator)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    balancer = Balancer(REWARDS, refresh=2, fold=True)
+    engine = PerRewardGradients(module, dtype=torch.float64)
+    alphas, reduced = [], []
+    for _ in range(UPDATES):
+        advantages = torch.randn(COUNT, REWARDS, dtype=torch.float64, generator=generator)
+        with Reductions() as sizes:
+            halves = torch.arange(own.start, own.stop).tensor_split(2)
+            if balancer.due():
+                rows = torch.zeros(REWARDS + 1, engine.count, dtype=torch.float64)
+                for chosen in halves:
+                    with engine:
+                        loss = nft_loss(x0[chosen], module(x[chosen]), old[chosen], beta=0.5, amax=5.0)
+                        each = torch.full((len(chosen), 1), 1 / COUNT)
+                        engine.accumulate(rows, loss, loss.effective(advantages[chosen]) / COUNT, each)
+                sum_over_processes(rows)
+                rows[:-1] += rows[-1]  # whole gradients
+                alphas.append(balancer.step(gram_of(rows[:-1])))
+                start = 0
+                direction = balancer.coefficients @ rows[:-1]
+                for parameter in trained:
+                    parameter.grad = direction[start : start + parameter.numel()].view_as(parameter)
+                    start += parameter.numel()
+            else:
+                alphas.append(balancer.step())
+                combined = advantages.clamp(-5, 5) @ balancer.coefficients
+                for chosen in halves:
+                    loss = nft_loss(x0[chosen], module(x[chosen]), old[chosen], beta=0.5, amax=5.0)
+                    (loss.at(combined[chosen]).sum() / COUNT).backward()
+                sum_gradients(trained)
+            optimizer.step()
+            optimizer.zero_grad()
+        reduced.append(sizes)
+    return {"parameters": flat(trained), "alphas": torch.stack(alphas), "reduced": reduced, "count": engine.count}
+
+
+class Reductions:
+    """`with Reductions() as sizes`: how many numbers each reduction over the processes was of."""
+
+    def __enter__(self) -> list[int]:
+        self.all_reduce, sizes = dist.all_reduce, []
+
+        def counted(values: Tensor, *arguments: Any, **options: Any) -> Any:
+            sizes.append(values.numel())
+            return self.all_reduce(values, *arguments, **options)
+
+        dist.all_reduce = counted
+        return sizes
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce = self.all_reduce
+
+
+def pipeline_run(trial: Trial, case: str, rank: int | None) -> dict[str, Any] | None:
+    """Three epochs of `make_update` (one, of 24 updates, if so many); None if a process has a batch without images."""
+    config = CASES[case]
+    plans = [visits for own in SPLIT.values() for update in trial.plan(config, 0, own) for visits in update]
+    if not all(map(len, plans)):
+        return None  # it would fail in one process, and the other would wait for it
+    epochs = 3 if config.optimizer.updates_per_epoch == 1 else 1
+    reduced: list[list[int]] = []
+
+    def after_an_update() -> None:
+        reduced.append(sizes.copy())
+        sizes.clear()
+
+    with Reductions() as sizes:
+        parameters, metrics, parts = trial.run(config, epochs, SPLIT[rank], after=after_an_update)
+    balancer = parts.method.balancer
+    kept = {"loss", "kl", "gradient_norm", "alpha", "cosine/applied", "cosine_advantage/fresh", "reward_cosines"}
+    return {
+        "parameters": parameters,
+        "alpha": torch.zeros(0) if balancer is None else balancer.alpha,
+        "metrics": [{key: each[key] for key in sorted(kept & each.keys())} for each in metrics],
+        "reduced": reduced,
+        "count": parts.engine.count,
+    }
+
+
+def run_all(rank: int, folder: Path, trial: Trial) -> dict[str, Any]:
+    """Every run as one of two processes that meet in `folder`."""
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE))
+    try:
+        results = {"toy": toy_run(OWN[rank])} | {case: pipeline_run(trial, case, rank) for case in CASES}
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return results
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    here = Path(sys.argv[1])
+    torch.save(run_all(1, here, Trial.of(Path(sys.argv[2]))), here / "other.pt")
