@@ -20,7 +20,6 @@ from marble.balance import Balancer
 from marble.balance.method import Method
 from marble.balance.signals import signals_of
 from marble.config import make_config, read_config
-from marble.gradients import gram_of
 from marble.objectives.visit import plan_epoch, visit_loss
 from marble.rewards import score_images
 from marble.rollout import collect
@@ -41,8 +40,8 @@ WAYS = {
 }
 
 
-def gather(run: Path | None, batches: int) -> tuple[list[str], Tensor, list[Tensor], list[Tensor]]:
-    """Rows of every batch's halves: names, `[B, 2, K, P]` own parts, Grams of all rows, signals."""
+def gather(run: Path | None, batches: int) -> tuple[list[str], Tensor, list[Tensor]]:
+    """Rows of every batch's halves: names, `[B, 2, K, P]` own parts, signals."""
     demo = Path(__file__).parent.parent / "src" / "marble" / "configs" / "demo.yaml"
     config = make_config(read_config(demo if run is None else run / "config.yaml"))
     config = config.model_copy(update={"balance": config.balance.model_copy(update={"estimate": "halves"})})
@@ -51,7 +50,7 @@ def gather(run: Path | None, batches: int) -> tuple[list[str], Tensor, list[Tens
         state = Run(run).load_checkpoint()
         for name, weights in (state or {})["adapters"].items():
             parts.policy.load_adapter_state(name, weights)
-    method, own, grams, signs = Method(config), [], [], []
+    method, own, signs = Method(config), [], []
     for number in range(batches):
         batch = parts.prompts.batch(10_000 + number)
         rollout = collect(parts.policy, batch, steps=config.rollout.steps, images_per_call=config.rollout.batch)
@@ -60,7 +59,7 @@ def gather(run: Path | None, batches: int) -> tuple[list[str], Tensor, list[Tens
         for_slope, for_const = method.columns(signals)
         settings = {"timesteps": config.objective.timesteps, "updates": config.optimizer.updates_per_epoch}
         plan = plan_epoch(len(rollout.x0), config.rollout.steps, **settings, micro_batch=72, seed=1, epoch=number)[0]
-        rows = torch.zeros(for_slope.shape[1] + 2, parts.engine.count)
+        rows = parts.engine.rows(for_slope.shape[1], 2)
         total = sum(map(len, plan))
         for visits in plan:
             with parts.engine:
@@ -68,11 +67,10 @@ def gather(run: Path | None, batches: int) -> tuple[list[str], Tensor, list[Tens
                 slopes = loss.effective(for_slope[visits.images]) / total
                 parts.engine.accumulate(rows, loss, slopes, for_const[visits.images] / total)
         count = len(parts.rewards)
-        own.append(rows[: 2 * count].view(2, count, -1))
-        grams.append(gram_of(rows))
+        own.append(rows.matrix()[: 2 * count].view(2, count, -1))
         signs.append(signals.signal)
         print(f"{number + 1}/{batches}", end="\r", flush=True)
-    return [reward.name for reward in parts.rewards], torch.stack(own), grams, signs
+    return [reward.name for reward in parts.rewards], torch.stack(own), signs
 
 
 def main() -> None:
@@ -82,7 +80,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    names, halves, _, signs = gather(args.run, args.batches)
+    names, halves, signs = gather(args.run, args.batches)
     count, own = len(names), halves.sum(dim=1).double()  # [B, K, P]
     total = own.sum(dim=0)
     squares = torch.stack([rows @ rows.T for rows in own])

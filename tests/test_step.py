@@ -51,7 +51,8 @@ class ByHand:
         return reference_gradients(self.loss, advantages[self.visits.images], self.parameters)
 
     def step(self, direction):
-        self.trial.parts(self.config).updater.apply(direction)
+        updater = self.trial.parts(self.config).updater
+        updater.apply(direction.split([p.numel() for p in updater.policy.parameters]))
         return flat(self.parameters)
 
 
@@ -263,7 +264,8 @@ def test_a_reward_whose_gradient_overflows_is_left_out_and_the_rest_goes_on(tria
 
     def overflowing(engine, rows, *arguments, **options):
         accumulate(engine, rows, *arguments, **options)
-        rows[1] = torch.inf
+        for parameter in range(len(rows.sizes)):
+            rows.block(0, parameter)[1] = torch.inf
 
     _, plain, _ = trial.run(config_of(diagnose_every=1))
     monkeypatch.setattr("marble.gradients.engine.PerRewardGradients.accumulate", overflowing)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from marble import Balancer, PerRewardGradients, nft_loss
 from marble.config import Config
-from marble.distributed import sum_gradients, sum_over_processes
+from marble.distributed import sum_gradients
 from marble.gradients import gram_of
 
 from .small import IMAGES, REWARDS, Trial, config_of, flat
@@ -70,13 +70,14 @@ def toy_run(own: range) -> dict[str, Any]:
         with Reductions() as sizes:
             halves = torch.arange(own.start, own.stop).tensor_split(2)
             if balancer.due():
-                rows = torch.zeros(REWARDS + 1, engine.count, dtype=torch.float64)
+                gathered = engine.rows(REWARDS, 1)
                 for chosen in halves:
                     with engine:
                         loss = nft_loss(x0[chosen], module(x[chosen]), old[chosen], beta=0.5, amax=5.0)
                         each = torch.full((len(chosen), 1), 1 / COUNT)
-                        engine.accumulate(rows, loss, loss.effective(advantages[chosen]) / COUNT, each)
-                sum_over_processes(rows)
+                        engine.accumulate(gathered, loss, loss.effective(advantages[chosen]) / COUNT, each)
+                gathered.sum_over_processes()
+                rows = gathered.matrix()
                 rows[:-1] += rows[-1]  # whole gradients
                 alphas.append(balancer.step(gram_of(rows[:-1])))
                 start = 0

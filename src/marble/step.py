@@ -14,8 +14,7 @@ from marble.balance.method import products
 from marble.balance.signals import Signals
 from marble.config import Config
 from marble.diagnose import reward_cosines, worst_cosines
-from marble.distributed import sum_gradients, sum_over_processes, total
-from marble.gradients import gram_of
+from marble.distributed import active, sum_gradients, total
 from marble.objectives.affine import AffineLoss
 from marble.objectives.visit import Visits, visit_loss
 from marble.rollout import Rollout
@@ -78,7 +77,7 @@ class _Update:
                 self.for_slope = torch.cat(
                     [self.for_slope, signals.weighted_sum[:, None], self.combined[:, None]], dim=1
                 )
-            self.rows = self.engine.zeros(self.for_slope.shape[1] + self.for_const.shape[1])
+            self.rows = self.engine.rows(self.for_slope.shape[1], self.for_const.shape[1])
         self.loss = self.kl = 0.0
         self.metrics: dict[str, Any] = {}
 
@@ -112,7 +111,9 @@ class _Update:
     def solve(self) -> None:
         """Turn the rows into a direction; the micro-batches that follow go by the fresh weights."""
         assert self.rows is not None
-        gram = gram_of(sum_over_processes(self.rows))
+        if active():
+            self.rows.sum_over_processes()
+        gram = self.rows.gram()
         own = torch.cat([torch.arange(self.rewards), torch.arange(self.for_slope.shape[1], len(gram))])
         parts = torch.zeros(len(self.signals.signal) + 1, len(gram), dtype=torch.float64)
         parts[:, own] = self.method.parts()
@@ -140,8 +141,7 @@ class _Update:
         """Step, and say how it went."""
         direction = None
         if self.rows is not None and self.mixture is not None:
-            self.rows[self.mixture == 0] = 0  # a row that is not finite is not in use
-            direction = self.mixture.to(self.rows) @ self.rows
+            direction = self.rows.mix(self.mixture)
         if not self.complete:
             sum_gradients(self.policy.parameters)
         norm = self.updater.apply(direction)

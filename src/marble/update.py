@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ class Updater:
         )
         self.updates = 0
 
-    def apply(self, direction: Tensor | None = None) -> float:
-        """Make one update with the gradients collected in the parameters, plus `direction` `[P]` if given.
+    def apply(self, direction: Sequence[Tensor] | None = None) -> float:
+        """Make one update with the gradients collected in the parameters, plus `direction`, `[p]` for each, if given.
+
+        The direction's tensors become the parameters' gradients and are clipped in place.
 
         Returns:
             The gradient's norm before clipping.
@@ -58,12 +61,10 @@ class Updater:
         self.policy.copy_adapter("default", "old", keep=keep)
         return keep
 
-    def _add(self, direction: Tensor) -> None:
-        start = 0
-        for parameter in self.policy.parameters:
-            part = direction[start : start + parameter.numel()].view_as(parameter).to(parameter.dtype)
-            parameter.grad = part.clone() if parameter.grad is None else parameter.grad + part
-            start += parameter.numel()
+    def _add(self, direction: Sequence[Tensor]) -> None:
+        for parameter, part in zip(self.policy.parameters, direction, strict=True):
+            part = part.view_as(parameter).to(parameter.dtype)
+            parameter.grad = part if parameter.grad is None else parameter.grad + part
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state and the count of updates."""

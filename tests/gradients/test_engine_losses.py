@@ -196,16 +196,24 @@ def test_accumulate_adds_up_parts_over_micro_batches(norm):
         each = module(x[part]).square().mean(dim=(1, 2))
         return AffineLoss(each, each.sin())
 
-    rows = torch.zeros(6, sum(p.numel() for p in trainable(module)))
     with PerRewardGradients(module) as engine:
+        gathered = engine.rows(5, 1)
         for part in (slice(0, 3), slice(3, 6), slice(6, 7)):
-            engine.accumulate(rows, losses(part), advantages[part] / count, torch.full((len(x[part]), 1), 1 / count))
+            engine.accumulate(
+                gathered, losses(part), advantages[part] / count, torch.full((len(x[part]), 1), 1 / count)
+            )
         with pytest.raises(ValueError, match="rows"):
-            engine.accumulate(rows[:5], losses(slice(None)), advantages, torch.ones(7, 1))
+            engine.accumulate(engine.rows(4, 1), losses(slice(None)), advantages, torch.ones(7, 1))
         with pytest.raises(ValueError, match="for_const"):
-            engine.accumulate(rows, losses(slice(None)), advantages, torch.ones(6, 1))
+            engine.accumulate(gathered, losses(slice(None)), advantages, torch.ones(6, 1))
+    rows = gathered.matrix()
     whole = torch.cat([advantages, torch.zeros(7, 1)], dim=1)
     reference = plain_rows(module, lambda: losses(slice(None)), whole)
+    torch.testing.assert_close(gathered.gram(), rows.double() @ rows.double().T)
+    mixture = torch.tensor([0.5, -1.0, 0.0, 0.0, 2.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(torch.cat(gathered.mix(mixture)), mixture.float() @ rows)
+    gathered.block(0, 0)[2] = torch.nan  # a row that the mixture leaves out
+    torch.testing.assert_close(torch.cat(gathered.mix(mixture)), mixture.float() @ rows)
     rows[:5] += rows[5:]
     assert_rows(module, rows, reference)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -71,27 +71,25 @@ class Phase:
     def exact(self) -> None:
         """Every reward's gradient by the engine, and a solve."""
         rewards = self.advantages.shape[1]
-        rows = self.engine.zeros(rewards + 1)
+        rows = self.engine.rows(rewards, 1)
         weights = self.advantages / len(self.x0)
         with self.engine:
             loss = self.loss()
             self.engine.accumulate(rows, loss, weights, torch.full_like(weights[:, :1], 1 / len(weights)))
-        gram = gram_of(rows)
+        gram = rows.gram()
         whole = gram[:-1, :-1] + gram[:-1, -1:] + gram[-1:, :-1] + gram[-1, -1]
         self.balancer.step(whole)
-        self._step(torch.cat([self.balancer.coefficients, torch.ones(1)]).to(rows) @ rows)
+        self._step(rows.mix(torch.cat([self.balancer.coefficients, torch.ones(1)])))
 
     def by_backwards(self) -> None:
         """Every reward's gradient by a backward pass of its own, and a solve."""
         rows = reference_gradients(self.loss(), self.advantages, self.parameters)
         self.balancer.step(gram_of(rows))
-        self._step(self.balancer.coefficients.to(rows) @ rows)
+        self._step((self.balancer.coefficients.to(rows) @ rows).split(self.engine.sizes))
 
-    def _step(self, direction: Tensor | None = None) -> None:
-        if direction is not None:
-            parts = direction.split([p.numel() for p in self.parameters])
-            for parameter, part in zip(self.parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
+    def _step(self, direction: Sequence[Tensor] = ()) -> None:
+        for parameter, part in zip(self.parameters, direction, strict=False):
+            parameter.grad = part.view_as(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from marble.gradients.reference import check_advantages, check_trainable
+from marble.gradients.rows import Rows
 from marble.gradients.tap import TappedLinear, contract_bias, contract_weight
 from marble.objectives import AffineLoss
 
@@ -29,8 +30,8 @@ class _Site:
 
     name: str
     layer: nn.Linear
-    weight: slice | None  # of the P columns
-    bias: slice | None
+    weight: int | None  # which parameter; None if it is not trained
+    bias: int | None
     tied: bool = False  # its parameters also act elsewhere, or its rows are not sample after sample
     slow: bool = False  # tied, or did not have all samples in every input since the last compute
     seen: set[int] = field(default_factory=set)  # first dimensions of the inputs since the last compute
@@ -91,15 +92,15 @@ class PerRewardGradients:
         self.module, self.dtype, self.scale = module, dtype, scale
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
-        ends = torch.tensor([p.numel() for p in self.parameters]).cumsum(0).tolist()
-        self.count: int = ends[-1]
-        self._columns = {id(p): slice(end - p.numel(), end) for p, end in zip(self.parameters, ends, strict=True)}
-        self._sites = _find_sites(module, self._columns)
+        self.sizes = [p.numel() for p in self.parameters]
+        self.count = sum(self.sizes)
+        self._sites = _find_sites(module, {id(p): i for i, p in enumerate(self.parameters)})
         self._probe = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
         self._unchecked = check
         self._samples = 0  # N of the compute under way
         self._weights: Tensor | None = None  # [N, J] while contracting for more than one row
-        self._rows: Tensor | None = None  # [J, P] while contracting
+        self._rows: Rows | None = None  # while contracting,
+        self._part = 0  # and which part of them
         self._elsewhere: list[str] | None = None  # layers where other samples heard the first one's loss, in a check
         self._heard, self._half, self._stale = 0, False, False
         self._going_back, self._probing = False, False
@@ -151,9 +152,9 @@ class PerRewardGradients:
                 self._elsewhere.append(here.name)
         elif self._rows is not None and not here.slow:
             if here.weight is not None and x is not None:
-                contract_weight(x, delta, self._weights, self._rows[:, here.weight])
+                contract_weight(x, delta, self._weights, self._rows.block(self._part, here.weight))
             if here.bias is not None:
-                contract_bias(delta, self._weights, self._rows[:, here.bias])
+                contract_bias(delta, self._weights, self._rows.block(self._part, here.bias))
         return not self._probing
 
     # ---- what is asked of it --------------------------------------------------------------------------
@@ -161,11 +162,11 @@ class PerRewardGradients:
     @property
     def fast_share(self) -> float:
         """Share of the P parameters that are in fast layers, 0 to 1."""
-        return 1 - sum(self._columns[id(p)].stop - self._columns[id(p)].start for p in self._slow()) / self.count
+        return 1 - sum(self.sizes[i] for i in self._slow()) / self.count
 
-    def zeros(self, count: int) -> Tensor:
-        """`[count, P]` rows for `accumulate`, where the parameters are."""
-        return torch.zeros(count, self.count, dtype=self.dtype, device=self._probe.device)
+    def rows(self, slopes: int, consts: int) -> Rows:
+        """`[J + I, P]` zeros for `accumulate`, where the parameters are."""
+        return Rows((slopes, consts), self.sizes, dtype=self.dtype, device=self._probe.device)
 
     def compute(
         self, loss: AffineLoss, advantages: Tensor, applies: Tensor | None = None, *, retain_graph: bool = True
@@ -187,7 +188,7 @@ class PerRewardGradients:
         """
         check_advantages(loss, advantages)
         effective = self._weights_of(loss.effective(advantages.to(loss.const)))
-        rows = self.zeros(advantages.shape[1])
+        matrix = torch.zeros(advantages.shape[1], self.count, dtype=self.dtype, device=self._probe.device)
         if applies is None:
             mean = torch.full_like(effective[:, :1], 1 / len(effective))
         else:
@@ -195,17 +196,20 @@ class PerRewardGradients:
                 raise ValueError(f"applies must be {tuple(advantages.shape)}, got {tuple(applies.shape)}")
             judged = applies.to(effective)
             mean = judged / judged.sum(dim=0).clamp_min(1)
-        self._gather(loss, mean, effective * mean, rows[: mean.shape[1]], rows, retain_graph, common=applies is None)
-        return rows
+        consts = matrix[: mean.shape[1]]  # without `applies`, one row for all: it is copied before slopes are added
+        rows = Rows.of(matrix, consts, self.sizes)
+        common = matrix if applies is None else None
+        self._gather(loss, effective * mean, mean, rows, retain_graph, common)
+        return matrix
 
     def accumulate(
-        self, rows: Tensor, loss: AffineLoss, for_slope: Tensor, for_const: Tensor, *, retain_graph: bool = False
+        self, rows: Rows, loss: AffineLoss, for_slope: Tensor, for_const: Tensor, *, retain_graph: bool = False
     ) -> None:
         """Add one micro-batch's share of any weighted sums: nothing but `rows` is kept between micro-batches.
 
         Args:
-            rows: `[J + I, P]` of `dtype`, changed in place: row j receives `sum_n for_slope[n, j] grad slope_n`, row
-                J + i receives `sum_n for_const[n, i] grad const_n`.
+            rows: of `self.rows(J, I)`, changed in place: row j receives `sum_n for_slope[n, j] grad slope_n`, row J + i
+                receives `sum_n for_const[n, i] grad const_n`.
             loss: as in `compute`.
             for_slope: `[N, J]`, finite; for rewards, the effective advantages over the number of samples.
             for_const: `[N, I]`, finite.
@@ -216,11 +220,10 @@ class PerRewardGradients:
         """
         check_advantages(loss, for_slope, "for_slope")
         check_advantages(loss, for_const, "for_const")
-        expected, middle = (for_slope.shape[1] + for_const.shape[1], self.count), for_slope.shape[1]
-        if rows.shape != expected or rows.dtype != self.dtype:
-            raise ValueError(f"rows must be {expected} {self.dtype}, got {tuple(rows.shape)} {rows.dtype}")
-        weights = self._weights_of(for_const), self._weights_of(for_slope)
-        self._gather(loss, *weights, rows[middle:], rows[:middle], retain_graph)
+        expected = (for_slope.shape[1], for_const.shape[1])
+        if rows.counts != expected or rows.sizes != self.sizes or rows.dtype != self.dtype:
+            raise ValueError(f"rows must be those of engine.rows{expected}, got {rows.counts} {rows.dtype}")
+        self._gather(loss, self._weights_of(for_slope), self._weights_of(for_const), rows, retain_graph)
 
     # ---- how ------------------------------------------------------------------------------------------
 
@@ -230,16 +233,15 @@ class PerRewardGradients:
     def _gather(
         self,
         loss: AffineLoss,
-        for_const: Tensor,
         for_slope: Tensor,
-        to_const: Tensor,
-        to_slope: Tensor,
+        for_const: Tensor,
+        rows: Rows,
         keep: bool,
-        common: bool = False,
+        common: Tensor | None = None,
     ) -> None:
-        """Add `for_const [N, I]`-weighted gradients of `const` to `to_const [I, P]`, and likewise of `slope`.
+        """Add `for_slope [N, J]`-weighted gradients of `slope` to the first rows, and of `const` to the others.
 
-        If `common`, `to_const` is the first row of an empty `to_slope`, and what it receives is for all rows.
+        `common [J, P]`, if given, are the first rows; the others are its first row, and what goes there is for all.
         """
         self._samples = len(loss.const)
         if not (loss.const.requires_grad or loss.slope.requires_grad):
@@ -251,36 +253,32 @@ class PerRewardGradients:
             self._check(loss)
         slow = self._slow()
         if loss.const.requires_grad:
-            self._sweep(loss.const, for_const, to_const, keep=keep or bool(slow) or loss.slope.requires_grad)
-            if common:
-                to_slope[1:] = to_const
+            self._sweep(loss.const, for_const, rows, 1, keep=keep or bool(slow) or loss.slope.requires_grad)
+            if common is not None:
+                common[1:] = common[:1]
         if loss.slope.requires_grad:
-            self._sweep(loss.slope, for_slope, to_slope, keep=keep or bool(slow))
+            self._sweep(loss.slope, for_slope, rows, 0, keep=keep or bool(slow))
         self._stale = True
         self._insist_on_hearing(slow)
         if slow:
-            self._by_columns(loss, slow, for_const, for_slope, to_const, to_slope, common, keep)
+            self._by_columns(loss, slow, for_slope, for_const, rows, common is not None, keep)
 
-    def _insist_on_hearing(self, slow: Sequence[nn.Parameter]) -> None:
+    def _insist_on_hearing(self, slow: Sequence[int]) -> None:
         if not self._heard and len(slow) < len(self.parameters):
             raise ValueError(
                 "loss does not come from the module's forward pass inside the block (or its layers are under "
                 "reentrant gradient checkpointing: use use_reentrant=False)"
             )
 
-    def _sweep(self, losses: Tensor, weights: Tensor, rows: Tensor, *, keep: bool) -> None:
-        """One backward pass of `losses [N]`, each sample weighted by `weights [N, J]` in row j of `rows [J, P]`."""
-        self._rows, single = rows, weights.shape[1] == 1
-        if single:  # the weights travel with the loss, and the layers add up as they always do
-            losses = losses * weights[:, 0].to(losses)
-            if self.scale != 1:
-                rows.mul_(self.scale)
+    def _sweep(self, losses: Tensor, weights: Tensor, rows: Rows, part: int, *, keep: bool) -> None:
+        """One backward pass of `losses [N]`, each sample weighted by `weights [N, J]` in row j of a part of `rows`."""
+        self._rows, self._part = rows, part
+        if weights.shape[1] == 1 and self.scale == 1:
+            losses = losses * weights[:, 0].to(losses)  # the weights travel with the loss, and layers just add up
         else:
             self._weights = weights / self.scale
         try:
             self._backward(losses.sum() * self.scale, [self._probe], keep)
-            if single and self.scale != 1:
-                rows.div_(self.scale)
         finally:
             self._weights = self._rows = None
 
@@ -297,39 +295,37 @@ class PerRewardGradients:
         finally:
             self._going_back = self._probing = False
 
-    def _slow(self) -> list[nn.Parameter]:
-        """Parameters that no fast layer holds."""
-        fast = [(s.weight, s.layer.weight) for s in self._sites if not s.slow and s.weight is not None]
-        fast += [(s.bias, s.layer.bias) for s in self._sites if not s.slow and s.bias is not None]
-        slow = {id(p) for s in self._sites if s.slow for p in (s.layer.weight, s.layer.bias) if p is not None}
-        known = {id(parameter) for _, parameter in fast} - slow
-        return [p for p in self.parameters if id(p) not in known]
+    def _slow(self) -> list[int]:
+        """Parameters that no fast layer holds, by number."""
+        fast = {i for s in self._sites if not s.slow for i in (s.weight, s.bias)}
+        slow = {i for s in self._sites if s.slow for i in (s.weight, s.bias)}
+        return [i for i in range(len(self.parameters)) if i in slow or i not in fast]
 
     def _by_columns(
         self,
         loss: AffineLoss,
-        slow: Sequence[nn.Parameter],
-        for_const: Tensor,
+        slow: Sequence[int],
         for_slope: Tensor,
-        to_const: Tensor,
-        to_slope: Tensor,
+        for_const: Tensor,
+        rows: Rows,
         common: bool,
         keep: bool,
     ) -> None:
         """The slow way, for `slow` parameters alone: a backward pass for every column."""
-        passes = []
+        slopes = [loss.slope * column for column in for_slope.unbind(dim=1)]
+        consts = [loss.const * column for column in for_const.unbind(dim=1)]
         if common:
-            both = [(for_const[:, 0], for_slope[:, k]) for k in range(for_slope.shape[1])]
-            passes = [(loss.const * c + loss.slope * s, to_slope[k]) for k, (c, s) in enumerate(both)]
+            passes = [(slope + consts[0], 0, j) for j, slope in enumerate(slopes)]
         else:
-            passes = [(loss.const * for_const[:, i], row) for i, row in enumerate(to_const)]
-            passes += [(loss.slope * for_slope[:, k], row) for k, row in enumerate(to_slope)]
-        passes = [(losses, row) for losses, row in passes if losses.requires_grad]
-        for number, (losses, row) in enumerate(passes):
-            parts = self._backward(losses.sum() * self.scale, slow, keep or number + 1 < len(passes))
-            for parameter, part in zip(slow, parts, strict=True):
-                if part is not None:
-                    row[self._columns[id(parameter)]] += (part / self.scale).flatten().to(row)
+            passes = [(each, 0, j) for j, each in enumerate(slopes)] + [(each, 1, i) for i, each in enumerate(consts)]
+        passes = [each for each in passes if each[0].requires_grad]
+        inputs = [self.parameters[i] for i in slow]
+        for number, (losses, part, row) in enumerate(passes):
+            found = self._backward(losses.sum() * self.scale, inputs, keep or number + 1 < len(passes))
+            for i, gradient in zip(slow, found, strict=True):
+                if gradient is not None:
+                    block = rows.block(part, i)
+                    block[row] += (gradient / self.scale).flatten().to(block)
 
     def _check(self, loss: AffineLoss) -> None:
         """Refuse samples that mix; send layers whose rows or weights are not what they seem the slow way."""
@@ -347,26 +343,27 @@ class PerRewardGradients:
                 f"the batch): seen at {', '.join(mixing[:3])}"
             )
         self._unchecked = False
-        slow = {id(p) for p in self._slow()}
-        fast = [p for p in self.parameters if id(p) not in slow]
+        slow = set(self._slow())
+        fast = [i for i in range(len(self.parameters)) if i not in slow]
         if not fast:
             return
         unlike = 1 + 0.5 * torch.arange(1, self._samples + 1, device=losses.device).to(losses.dtype).sin()
-        row = self.zeros(2)
-        self._sweep(losses, torch.stack([unlike, -unlike], dim=1), row, keep=True)
+        rows = self.rows(2, 0)
+        self._sweep(losses, torch.stack([unlike, -unlike], dim=1), rows, 0, keep=True)
         wrong, tolerance = set(), 0.05 if self._half else 1e-3
-        least = 1e-3 * tolerance * row[0].norm()
-        for parameter, true in zip(fast, self._backward((unlike * losses).sum(), fast, True), strict=True):
-            ours = row[0, self._columns[id(parameter)]]
+        least = 1e-3 * tolerance * rows.gram()[0, 0].sqrt().item()
+        inputs = [self.parameters[i] for i in fast]
+        for i, true in zip(fast, self._backward((unlike * losses).sum(), inputs, True), strict=True):
+            ours = rows.block(0, i)[0]
             true = torch.zeros_like(ours) if true is None else true.flatten().to(ours)
             if not torch.linalg.vector_norm(ours - true) <= tolerance * true.norm() + least:
-                wrong.add(id(parameter))
+                wrong.add(i)
         for site in self._sites:
-            site.tied = any(id(p) in wrong for p in (site.layer.weight, site.layer.bias) if p is not None)
+            site.tied = site.weight in wrong or site.bias in wrong
             site.slow = site.slow or site.tied
 
 
-def _find_sites(module: nn.Module, columns: dict[int, slice]) -> list[_Site]:
+def _find_sites(module: nn.Module, numbers: dict[int, int]) -> list[_Site]:
     """Linear layers that compute nothing but their product, and train their weight or bias."""
     sites = []
     for name, layer in module.named_modules():
@@ -374,8 +371,8 @@ def _find_sites(module: nn.Module, columns: dict[int, slice]) -> list[_Site]:
             continue
         if "forward" in vars(layer) or layer._parameters.get("weight") is None:  # wrapped or parametrised by others
             continue
-        bias = None if layer.bias is None else columns.get(id(layer.bias))
-        weight = columns.get(id(layer.weight))
+        bias = None if layer.bias is None else numbers.get(id(layer.bias))
+        weight = numbers.get(id(layer.weight))
         if weight is not None or bias is not None:
             sites.append(_Site(name, layer, weight, bias))
     return sites

@@ -56,16 +56,3 @@ def check_trainable(parameters: Sequence[Tensor]) -> None:
     """Raise a ValueError if one of `parameters` is frozen."""
     if frozen := [i for i, p in enumerate(parameters) if not p.requires_grad]:
         raise ValueError(f"parameters {frozen} are frozen (requires_grad is False)")
-
-
-def gram_of(rows: Tensor) -> Tensor:
-    """`[R, R]` float64 inner products of `rows [R, P]`, added up in double precision a piece of P at a time.
-
-    Where a row is not finite, so are its products.
-    """
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    piece = 2**20 if rows.is_cuda else 2**14  # what a core's cache holds: three times as fast at 20 rows
-    for part in rows.split(piece, dim=1):
-        wide = part.double()
-        gram += wide @ wide.T
-    return gram.cpu()
