@@ -164,6 +164,7 @@ DIAGNOSED = [
     {},
     {"method": "published"},
     {"method": "weighted-sum"},
+    {"method": "gdpo"},
     {"method": "reward-dropout"},
     {"estimate": "halves", "smooth": "gram"},
     {"refresh": 2},
@@ -182,6 +183,21 @@ def test_diagnosing_an_update_does_not_change_what_it_does(trial, balance):
         assert {"cosine/applied", "cosine_advantage/weighted_sum", "reward_cosines"} <= one.keys() - other.keys()
         for key in other.keys() - {"update_seconds"}:
             assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
+
+
+def test_an_amortised_update_masks_every_reward_for_itself(trial):
+    """With AWM's ratios out of bounds, a reward's mask goes by its own advantage's sign, not by the mixture's."""
+    settings = {"balance": {"method": "uniform", "norms": "raw"}, "objective": {"name": "awm", "clip": 0.001}}
+    config = config_of(**settings)
+    found, _, parts = trial.run(config)
+    hand = ByHand(trial, config)
+    _, weights = parts.method.mixed(hand.signals)
+    by_reward = weights @ hand.columns(hand.signals.per_reward)
+    free = hand.gradient(hand.loss.const)
+    expected = by_reward + (1 - weights.sum()) * free
+    masked = hand.gradient(hand.loss.at(parts.method.combined(hand.signals)[hand.visits.images]))
+    assert (masked - expected).norm() > 0.01 * expected.norm()
+    assert_same_step(trial, found, hand.step(expected))
 
 
 def test_diagnosing_does_not_change_a_solve_on_a_share(trial):

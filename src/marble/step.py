@@ -49,8 +49,9 @@ def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals
 class _Update:
     """What one update has gathered.
 
-    Its first `exact` micro-batches give the rows that the method asks for (and for a diagnosis those of the raw
-    weighted sum and of the combined advantage); the others take one backward pass of the combined loss each.
+    Its first `exact` micro-batches give the rows that the method asks for (and for a diagnosis that of the raw
+    weighted sum, and of what the method mixes, if that is something else); the others take one backward pass of the
+    mixed loss each.
     """
 
     def __init__(self, config: Config, parts: Parts, signals: Signals, plan: list[Visits]) -> None:
@@ -62,7 +63,7 @@ class _Update:
         self.due = self.method.due()
         if not self.due:
             self.method.advance()
-        self.combined = self.method.combined(signals)
+        self.advantages, self.weights = self.method.mixed(signals)
         self.apart = self.due and self.method.to_the_letter  # the distance to the base model stays out of the rows
         self.for_slope, self.for_const = self.method.columns(signals)
         self.rewards = self.for_slope.shape[1]
@@ -74,9 +75,9 @@ class _Update:
             self.exact = math.ceil(share * len(plan))
             self.complete = share == 1 and not (self.apart and self.kl_weight)
             if self.diagnose:
-                self.for_slope = torch.cat(
-                    [self.for_slope, signals.weighted_sum[:, None], self.combined[:, None]], dim=1
-                )
+                others = [signals.weighted_sum[:, None]]
+                others += [] if self.advantages is signals.per_reward else [self.advantages]
+                self.for_slope = torch.cat([self.for_slope, *others], dim=1)
             self.rows = self.engine.rows(self.for_slope.shape[1], self.for_const.shape[1])
         self.loss = self.kl = 0.0
         self.metrics: dict[str, Any] = {}
@@ -98,15 +99,16 @@ class _Update:
                 self.engine.accumulate(self.rows, loss, slopes, consts)
             return
         loss, kl = visit_loss(self.policy, rollout, visits, self.objective)
-        self._note(loss, kl, chosen, weight)
-        each = loss.at(self.combined[chosen])
+        each = self._note(loss, kl, chosen, weight)
         each = each if kl is None else each + self.kl_weight * kl
         (weight * each.sum()).backward()
 
-    def _note(self, loss: AffineLoss, kl: Tensor | None, chosen: Tensor, weight: float) -> None:
-        with torch.no_grad():
-            self.loss += weight * loss.at(self.combined[chosen]).sum().item()
-            self.kl += 0.0 if kl is None else weight * kl.sum().item()
+    def _note(self, loss: AffineLoss, kl: Tensor | None, chosen: Tensor, weight: float) -> Tensor:
+        """The mixed loss `[M]`, which is also what is logged."""
+        each = loss.const + (loss.effective(self.advantages[chosen]) @ self.weights) * loss.slope
+        self.loss += weight * each.detach().sum().item()
+        self.kl += 0.0 if kl is None else weight * kl.detach().sum().item()
+        return each
 
     def solve(self) -> None:
         """Turn the rows into a direction; the micro-batches that follow go by the fresh weights."""
@@ -123,9 +125,11 @@ class _Update:
             if solved is not None:
                 self.mixture = torch.zeros(len(gram), dtype=torch.float64)
                 self.mixture[own] = solved
-            self.combined = self.method.combined(self.signals)
+            self.advantages, self.weights = self.method.mixed(self.signals)
         else:
-            self.mixture = every[self.rewards + 1] + parts[-1]
+            own_rows = self.advantages is self.signals.per_reward
+            mixed = parts[:-1] if own_rows else every[self.rewards + 1 : self.for_slope.shape[1]]
+            self.mixture = self.weights.double() @ mixed + parts[-1]
         if self.diagnose and self.mixture is not None:
             free = torch.arange(len(gram)) >= self.for_slope.shape[1]
             raw = every[self.rewards]

@@ -91,20 +91,36 @@ class Method:
         if self.balancer is not None:
             self.balancer.step()
 
-    def combined(self, signals: Signals) -> Tensor:
-        """`[N]`: the one advantage that an amortised update uses, in an update that has begun."""
-        clipped = signals.per_reward.clamp(-self.amax, self.amax)
+    def mixed(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """What an amortised update mixes, in an update that has begun.
+
+        Returns:
+            `[N, J]` advantages, `[J]` their weights: the loss is taken at `effective(advantages) @ weights`, so that
+            an objective clips and masks every advantage for itself, as in an exact update.
+        """
+        own = signals.per_reward
         if self.settings.method == "weighted-sum":
-            return self._matched(signals.weighted_sum.clamp(-self.amax, self.amax))
+            return self._alone(signals.weighted_sum)
         if self.settings.method == "gdpo":
-            total = signals.per_reward @ self.wanted.to(clipped)
-            return self._matched((total - total.mean()) / (total.std(correction=0) + 1e-4))
+            total = own @ self.wanted.to(own)
+            return self._alone((total - total.mean()) / (total.std(correction=0) + 1e-4))
+        clipped = own.clamp(-self.amax, self.amax)
         if self.settings.method == "reward-dropout":
-            return self._matched(clipped @ self._kept(signals.signal).to(clipped))
-        assert self.balancer is not None
-        weights = self.balancer.coefficients.to(clipped)
-        strength = self._strength(clipped @ weights) if self.match else 1.0  # as at the solve: before the floors
-        return strength * (clipped @ (weights + self.lift.to(clipped)))
+            weights = lifted = self._kept(signals.signal).to(own)
+        else:
+            assert self.balancer is not None
+            weights = self.balancer.coefficients.to(own)
+            lifted = weights + self.lift.to(own)  # the strength is as at the solve: before the floors
+        return own, self._strength(clipped @ weights) * lifted if self.match else lifted
+
+    def _alone(self, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        strength = self._strength(advantage.clamp(-self.amax, self.amax)) if self.match else advantage.new_tensor(1.0)
+        return advantage[:, None], strength[None]
+
+    def combined(self, signals: Signals) -> Tensor:
+        """`[N]`: `mixed` as one advantage, for an objective that does nothing but clip."""
+        advantages, weights = self.mixed(signals)
+        return advantages.clamp(-self.amax, self.amax) @ weights
 
     def _kept(self, signal: Tensor) -> Tensor:
         """Weights of the rewards that this update keeps: of those with a signal, at least one."""
@@ -113,9 +129,6 @@ class Method:
         kept = (draw >= self.settings.dropout) | (draw == draw.max())
         weights = torch.where(kept, self.wanted, 0.0)
         return weights / weights.sum()
-
-    def _matched(self, advantage: Tensor) -> Tensor:
-        return advantage * self._strength(advantage) if self.match else advantage
 
     @staticmethod
     def _strength(advantage: Tensor) -> Tensor:
@@ -159,7 +172,7 @@ class Method:
 
         Returns:
             `[J + I]` float64: the direction as a mixture of the rows; None if it is to the letter and no reward has a
-            signal. Matched advantages beyond the objective's bound are clipped in amortised updates, but not here.
+            signal.
         """
         assert self.balancer is not None
         self.updates += 1
