@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -40,11 +41,8 @@ ARMS |= {
     for name, settings in SMOOTHING.items()
 }
 ARMS |= {name: {"method": name} for name in ("published", "uniform", "weighted-sum", "gdpo", "reward-dropout")}
-ARMS |= {name: {"method": name, "refresh": 1, "smooth": "gram", "decay": 0.9} for name in ("closed-loop", "mgda")}
-ARMS |= {name: {"method": name, "refresh": 1, "smooth": "gram", "decay": 0.9} for name in ("upgrad", "dualproj")}
-ARMS |= {name: {"method": name, "refresh": 1, "smooth": "gram", "decay": 0.9} for name in ("cagrad", "nash-mtl")}
-ARMS |= {name: {"method": name, "refresh": 1, "smooth": "gram", "decay": 0.9} for name in ("pcgrad", "imtl-g")}
-ARMS |= {"aligned-mtl": {"method": "aligned-mtl", "refresh": 1, "smooth": "gram", "decay": 0.9}}
+EXACT = ("closed-loop", "mgda", "upgrad", "dualproj", "cagrad", "nash-mtl", "pcgrad", "imtl-g", "aligned-mtl")
+ARMS |= {name: {"method": name, "refresh": 1, "smooth": "gram", "decay": 0.9} for name in EXACT}
 
 
 def cell(out: Path, arm: str, seed: int) -> Path:
@@ -52,24 +50,25 @@ def cell(out: Path, arm: str, seed: int) -> Path:
     return out / f"{arm.replace('/', '.')}-{seed}"
 
 
-def run_cell(out: Path, arm: str, seed: int, updates: int) -> None:
-    """Run one cell unless it is done."""
+def run_cell(out: Path, arm: str, seed: int, updates: int) -> bool:
+    """Run one cell unless it is done; returns whether it has its evaluation then."""
     folder = cell(out, arm, seed)
     if folder.exists() and Run(folder).evaluation().get("after"):
-        return
+        return True
     if folder.exists():
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        shutil.rmtree(folder)
     settings = [x for name, value in ARMS[arm].items() for x in (f"--balance.{name}", str(value))]
     command = [sys.executable, "-m", "marble", "demo", "--out", str(folder), "--seed", str(seed), "--threads", "1"]
     command += ["--budget.updates", str(updates), "--evaluation.every", "0", *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(arm, seed, "done" if done.returncode == 0 else done.stderr[-2000:], flush=True)
+    return done.returncode == 0
 
 
 def table(out: Path) -> None:
-    """Print every arm's gains in standard deviations of the base model's scores: mean and each seed's worst reward."""
-    rows = []
+    """Print every arm's gains in standard deviations of the base model's scores, seed by seed."""
+    rows, names = [], []
     for arm in ARMS:
         found = []
         for folder in sorted(out.glob(f"{arm.replace('/', '.')}-*")):
@@ -80,11 +79,11 @@ def table(out: Path) -> None:
         if found:
             gains = np.array(found)
             own = gains[:, :trained]
-            rows.append((arm, own.mean(), own.min(axis=1), gains))
-    print("| arm | seeds | mean | worst | " + " | ".join(names) + " |\n|---|---|---|---|" + "---|" * len(names))
-    for arm, mean, worst, gains in sorted(rows, key=lambda row: -row[1]):
-        cells = " | ".join(" ".join(f"{g:.2f}" for g in gains[:, k]) for k in range(len(names)))
-        print(f"| {arm} | {len(gains)} | {mean:.3f} | {worst.mean():.2f} | {cells} |")
+            rows.append((arm, own.mean(axis=1), own.min(axis=1), gains))
+    print("| arm | mean | worst | " + " | ".join(names) + " |\n|---|---|---|" + "---|" * len(names))
+    for arm, mean, worst, gains in sorted(rows, key=lambda row: -row[1][0]):
+        cells = [" ".join(f"{value:.2f}" for value in column) for column in (mean, worst, *gains.T)]
+        print(f"| {arm} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -101,8 +100,9 @@ def main() -> None:
         table(args.out)
         return
     with ThreadPoolExecutor(args.jobs) as pool:
-        for seed, arm in itertools.product(args.seeds, args.arms):
-            pool.submit(run_cell, args.out, arm, seed, args.updates)
+        cells = itertools.product(args.seeds, args.arms)
+        done = list(pool.map(lambda pair: run_cell(args.out, pair[1], pair[0], args.updates), cells))
+    sys.exit(0 if all(done) else 1)
 
 
 if __name__ == "__main__":

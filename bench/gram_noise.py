@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.batches < WINDOW:
+        parser.error(f"--batches: at least {WINDOW}, got {args.batches}")
     names, halves, signs = gather(args.run, args.batches)
     count, own = len(names), halves.sum(dim=1).double()  # [B, K, P]
     total = own.sum(dim=0)

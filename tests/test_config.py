@@ -229,3 +229,9 @@ def test_defaults_are_the_published_settings():
     assert (config.objective.beta, config.objective.amax, config.objective.kl) == (0.1, 5.0, 1e-4)
     assert (config.balance.refresh, config.balance.decay) == (10, 0.7)
     assert (config.rollout.prompts, config.rollout.group_size, config.optimizer.lr) == (48, 24, 3e-4)
+
+
+def test_a_method_of_torchjds_is_refused_without_it(demo, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    demo["balance"] = {"method": "pcgrad"}
+    assert 'balance.method: pcgrad needs TorchJD: pip install "marble-diffusion[torchjd]"' in complaint(demo)

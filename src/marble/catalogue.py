@@ -17,6 +17,9 @@ FROM_GRADIENTS = {
 }
 """Methods that ask for every reward's own gradient."""
 
+NEED_TORCHJD = ("pcgrad", "imtl-g", "aligned-mtl")
+"""Methods that need the extra `torchjd`."""
+
 FROM_ADVANTAGES = {
     "uniform": "equal weights on per-reward advantages",
     "weighted-sum": "one advantage of the weighted sum of raw scores, as PPO and GRPO pipelines do",

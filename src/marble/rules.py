@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS
+from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS, NEED_TORCHJD
 
 if TYPE_CHECKING:
     from marble.config import Config
@@ -106,6 +107,8 @@ def _preferences(config: Config) -> list[str]:
     explicit = balance.model_fields_set & {*plain, "solve_share"}
     for field in sorted(explicit) if method in FROM_ADVANTAGES and method != "uniform" else ():
         problems.append(f"balance.{field}: {method} takes no reward's gradient, so this changes nothing; leave it out")
+    if method in NEED_TORCHJD and importlib.util.find_spec("torchjd") is None:
+        problems.append(f'balance.method: {method} needs TorchJD: pip install "marble-diffusion[torchjd]"')
     if balance.estimate == "halves":
         if balance.smooth != "gram":
             problems.append("balance.estimate: halves is too noisy to solve on unaveraged; use balance.smooth = gram")

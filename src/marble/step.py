@@ -105,7 +105,10 @@ class _Update:
 
     def _note(self, loss: AffineLoss, kl: Tensor | None, chosen: Tensor, weight: float) -> Tensor:
         """The mixed loss `[M]`, which is also what is logged."""
-        each = loss.const + (loss.effective(self.advantages[chosen]) @ self.weights) * loss.slope
+        each = (
+            loss.const
+            + (loss.effective(self.advantages[chosen].to(loss.slope)) @ self.weights.to(loss.slope)) * loss.slope
+        )
         self.loss += weight * each.detach().sum().item()
         self.kl += 0.0 if kl is None else weight * kl.detach().sum().item()
         return each

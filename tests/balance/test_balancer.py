@@ -303,3 +303,23 @@ def test_a_state_is_not_changed_by_going_on():
     balancer.step(gram(1))
     for name, value in before.items():
         assert torch.equal(torch.as_tensor(state[name]), torch.as_tensor(value)), name
+
+
+def test_a_product_that_is_not_finite_leaves_its_rewards_out_and_spoils_nothing():
+    balancer = Balancer(3, refresh=1, smooth="gram", decay=0.5)
+    spoilt = gram(1)
+    spoilt[0, 2] = spoilt[2, 0] = torch.nan
+    balancer.step(spoilt)
+    assert balancer.missing.tolist() == [True, False, True]
+    assert balancer.step(gram(2)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["has_signal", "squares"])
+def test_what_comes_with_a_gram_has_an_entry_a_reward(name):
+    with pytest.raises(ValueError, match=rf"{name} must be \[K=3\], got \(1,\)"):
+        Balancer(3).step(gram(1), **{name: torch.ones(1, dtype=torch.bool)})
+
+
+def test_a_state_of_other_rewards_is_refused():
+    with pytest.raises(ValueError, match="state must be of 3 rewards, got 5"):
+        Balancer(3).load_state_dict(Balancer(5).state_dict())

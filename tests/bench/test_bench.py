@@ -41,7 +41,7 @@ def test_update_phase_is_measured_and_the_engine_is_exact(shape):
     assert result["fast_share"] == 1
     plain, exact = result["arms"]["weighted sum"], result["arms"]["exact"]
     assert plain["against_weighted_sum"]["median"] == 1
-    amortised = result["arms"]["amortised N=10"]["seconds"]["median"]
+    amortised = result["arms"]["amortised N=10, from exact and weighted sum"]["seconds"]["median"]
     assert amortised == pytest.approx(0.9 * plain["seconds"]["median"] + 0.1 * exact["seconds"]["median"])
     assert exact["peak_bytes"] > plain["peak_bytes"] > 0
     assert result["arms"]["exact by K backwards"]["seconds"]["median"] > 0
@@ -72,6 +72,8 @@ def test_command_prints_a_table_and_writes_json(monkeypatch, tmp_path, capsys):
         (["sd3-small", "--repeats", "0"], "--repeats: at least 1, got 0"),
         (["sd3-small", "--rewards", "0"], "--rewards"),
         (["sd3-small", "--json", "nowhere/at/all.json"], "no folder"),
+        (["sd3-small", "--json", "."], '--json: "." is a folder'),
+        (["mini", "--rank", "4"], "--rank: mini is measured as the demo trains it"),
     ],
 )
 def test_mistakes_are_one_message(argv, said, capsys):

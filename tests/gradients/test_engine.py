@@ -20,6 +20,8 @@ from .agreement import (
 )
 from .toys import COUNT, WIDTH, Wrapped, data, linear, network, on, two_linears
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*they take the slow way")
+
 # ---- layers that the fast path should take --------------------------------------------------------------
 
 

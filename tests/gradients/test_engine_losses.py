@@ -22,6 +22,8 @@ from .agreement import (
 )
 from .toys import COUNT, WIDTH, data, linear, network, on, two_linears
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*they take the slow way")
+
 
 @dataclass(frozen=True)
 class Clipped(AffineLoss):

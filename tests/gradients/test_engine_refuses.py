@@ -10,6 +10,8 @@ from marble import AffineLoss, PerRewardGradients
 from ..tiny import LINEARS, add_lora, build, inputs_of, loss_of, predict
 from .agreement import assert_equal_or_refused, assert_rows, plain_rows, random_advantages
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*they take the slow way")
+
 COUNT, WIDTH = 4, 6
 
 

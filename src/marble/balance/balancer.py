@@ -116,6 +116,11 @@ class Balancer:
         folded = folded if folded.sum() > 0 else 1 / norms
         return folded / folded.sum()
 
+    def direction(self, gradients: Tensor) -> Tensor:
+        """`[P]`: `gradients [K, P]` mixed by `coefficients`, without those that are not finite."""
+        fine = gradients.isfinite().all(dim=1)
+        return self.coefficients.to(gradients)[fine] @ gradients[fine]
+
     def due(self) -> bool:
         """Whether the coming update wants a fresh Gram."""
         wanted = self.solver != "uniform" or self.fold
@@ -137,13 +142,16 @@ class Balancer:
             `alpha` `[K]` float64, smoothed.
 
         Raises:
-            ValueError: a Gram is due and was not given, or has the wrong shape.
+            ValueError: a Gram is due and was not given, or something has the wrong shape.
         """
         if self.due():
             if gram is None:
                 raise ValueError(f"update {self.done} needs a Gram: due() is true")
             if gram.shape != (self.num_rewards, self.num_rewards):
                 raise ValueError(f"gram must be [K={self.num_rewards}, K], got {tuple(gram.shape)}")
+            for name, given in (("has_signal", has_signal), ("squares", squares)):
+                if given is not None and given.shape != (self.num_rewards,):
+                    raise ValueError(f"{name} must be [K={self.num_rewards}], got {tuple(given.shape)}")
             gram = gram.detach().cpu().to(torch.float64)
             self._refresh(gram, has_signal, gram.diagonal() if squares is None else squares.detach().cpu().double())
         self.done += 1
@@ -152,7 +160,8 @@ class Balancer:
     def _refresh(self, gram: Tensor, has_signal: Tensor | None, squares: Tensor) -> None:
         usable = gram.diagonal().isfinite() & squares.isfinite() & (squares > 0)
         if has_signal is not None:
-            usable = usable & has_signal.cpu()
+            usable = usable & has_signal.cpu().bool()
+        usable = usable & ~(~gram.isfinite() & usable).any(dim=1)
         self.missing = ~usable
         self.left_out += self.missing
         chosen = usable.nonzero().flatten()
@@ -196,7 +205,9 @@ class Balancer:
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from a `state_dict`; ValueError if it is of another number of rewards."""
+        if len(state["priorities"]) != self.num_rewards:
+            raise ValueError(f"state must be of {self.num_rewards} rewards, got {len(state['priorities'])}")
         for name in _STATE:
             value = state[name]
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,11 @@ class _Epochs:
         config, parts = self.config, self.parts
         if self.at is not None and parts.method.balancer is not None:
             parts.method.balancer.done = self.at
-        batch = parts.prompts.batch(self.epoch)
+        batch, began = parts.prompts.batch(self.epoch), time.perf_counter()
         rollout = collect(parts.policy, batch, steps=config.rollout.steps, images_per_call=config.rollout.batch)
+        sampled = time.perf_counter()
         table = score_images(parts.rewards, rollout.images, batch.records, batch.group_ids)
+        scored = time.perf_counter()
         signals = signals_of(table, batch.group_ids, parts.weights, std=config.objective.std)
         plan = plan_epoch(
             len(rollout.x0),
@@ -93,4 +96,5 @@ class _Epochs:
         parts.updater.end_epoch()
         self.epoch += 1
         if self.phases is not None:
-            self.phases |= {"update": metrics["update_seconds"]}
+            seconds = {"rollout": sampled - began, "rewards": scored - sampled, "update": metrics["update_seconds"]}
+            self.phases |= seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -50,7 +49,6 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.autograd.profiler import profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(use_device=None, profile_memory=True) as recorded:
         work()
     events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]

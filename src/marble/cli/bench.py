@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,8 @@ class Bench:
     """Measure an update's speed and memory: weighted sum, exact by the engine, exact by K backwards, amortised.
 
     Arms run in turn in one process, so that their ratios hold on a busy machine. `mini` is measured over whole epochs,
-    rollout and rewards included; the other shapes have random weights and are measured over the update phase.
+    rollout and rewards included, on the CPU as the demo trains it; the other shapes have random weights and are measured
+    over the update phase.
 
     example: marble bench sd3-small --rewards 5 20 --json bench.json
     """
@@ -27,7 +30,7 @@ class Bench:
     list: bool = False
     """show the shapes"""
     rewards: tuple[int, ...] = (5, 20)
-    """numbers of rewards K to measure at (mini has its own five)"""
+    """numbers of rewards K to measure at"""
     batch: int | None = None
     """images in a batch; the shape's own, if not given"""
     rank: int = 32
@@ -40,7 +43,7 @@ class Bench:
     """where"""
     repeats: int = 7
     """rounds"""
-    slow: bool = field(default=True)
+    slow: bool = True
     """measure K backward passes too"""
     threads: int | None = None
     """CPU threads; as torch chooses, if not given"""
@@ -51,6 +54,8 @@ class Bench:
 def run(argv: list[str]) -> int:
     """The command."""
     args = tyro.cli(Bench, args=argv, prog="marble bench")
+    for library in ("KINETO_LOG_LEVEL", "TORCH_CPP_LOG_LEVEL"):  # read when torch is imported: the profiler talks
+        os.environ.setdefault(library, "99" if library.startswith("KINETO") else "ERROR")
     from marble.bench.shapes import SHAPES
 
     if args.list:
@@ -58,9 +63,9 @@ def run(argv: list[str]) -> int:
         print("\n".join(f"{name:<12}  {about}" for name, about in names.items()))
         return 0
     _check(args, SHAPES)
-    content = _measure(args)
-    if args.json is not None:
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for content in _measure(args):  # what there is so far
+        if args.json is not None:
+            args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -68,12 +73,19 @@ def _check(args: Bench, shapes: dict[str, Any]) -> None:
     if args.shape != "mini" and args.shape not in shapes:
         known = ["mini", *shapes]
         raise MarbleError(f'no shape "{args.shape}".{nearest(args.shape, known)} Known: {", ".join(known)}')
+    for name in (
+        ("rewards", "batch", "rank", "checkpointing", "dtype", "device", "slow") if args.shape == "mini" else ()
+    ):
+        if getattr(args, name) != getattr(Bench, name):
+            raise MarbleError(f"--{name}: mini is measured as the demo trains it; leave it out or name another shape")
     for name in ("repeats", "rank", "batch", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise MarbleError(f"--{name}: at least 1, got {value}")
     if not args.rewards or min(args.rewards) < 1:
         raise MarbleError(f"--rewards: numbers of at least 1, got {list(args.rewards)}")
+    if args.json is not None and args.json.is_dir():
+        raise MarbleError(f'--json: "{args.json}" is a folder; name a file')
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise MarbleError(f'--json: there is no folder "{args.json.parent}"')
     if args.device == "cuda":
@@ -83,7 +95,7 @@ def _check(args: Bench, shapes: dict[str, Any]) -> None:
             raise MarbleError("--device: cuda asks for a GPU, and torch sees none")
 
 
-def _measure(args: Bench) -> dict[str, Any]:
+def _measure(args: Bench) -> Iterator[dict[str, Any]]:
     import platform
 
     import torch
@@ -99,7 +111,8 @@ def _measure(args: Bench) -> dict[str, Any]:
     if args.shape == "mini":
         content["epoch"] = bench_epoch(repeats=args.repeats)
         _print_epoch(content["epoch"])
-        return content
+        yield content
+        return
     content["update"] = []
     for count in args.rewards:
         result = bench_update(
@@ -115,7 +128,7 @@ def _measure(args: Bench) -> dict[str, Any]:
         )
         content["update"].append(result)
         _print_update(result)
-    return content
+        yield content
 
 
 def _print_epoch(result: dict[str, Any]) -> None:
@@ -124,6 +137,8 @@ def _print_epoch(result: dict[str, Any]) -> None:
     for name, row in result["arms"].items():
         rows.append((name, _number(row["seconds"], 2), _number(row["speed"], 3)))
     _table(rows)
+    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in result["phases"].items())
+    print(f"seconds of a weighted-sum epoch: {phases}")
 
 
 def _print_update(result: dict[str, Any]) -> None:

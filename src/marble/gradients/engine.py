@@ -11,30 +11,19 @@ Leaves out: reduction over processes and balancing; `engine.compute` may be foll
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
+from marble.distributed import active
 from marble.gradients.reference import check_advantages, check_trainable
 from marble.gradients.rows import Rows
+from marble.gradients.sites import find_sites, refuse
 from marble.gradients.tap import TappedLinear, contract_bias, contract_weight
 from marble.objectives import AffineLoss
-
-
-@dataclass
-class _Site:
-    """A linear layer with at least one trained parameter."""
-
-    name: str
-    layer: nn.Linear
-    weight: int | None  # which parameter; None if it is not trained
-    bias: int | None
-    tied: bool = False  # its parameters also act elsewhere, or its rows are not sample after sample
-    slow: bool = False  # tied, or did not have all samples in every input since the last compute
-    seen: set[int] = field(default_factory=set)  # first dimensions of the inputs since the last compute
 
 
 class PerRewardGradients:
@@ -49,8 +38,14 @@ class PerRewardGradients:
     autocast, several calls of a layer in one forward pass and any number of forward passes between `compute`s are
     fine. Inside the block no other backward pass is affected.
 
+    How samples lie in a layer's rows is checked in the first `compute`, and again when a layer has another number of
+    rows a sample. A loss whose samples come to be in another order than the module's is not noticed after that.
+
     Attributes:
-        parameters: the module's trained parameters; P numbers in all, in the order of the columns.
+        parameters: the module's trained parameters, in the module's order.
+        sizes: numbers in each of them.
+        count: P, in all: the columns, one parameter after the other.
+        names: of the parameters in the module.
     """
 
     def __init__(
@@ -65,13 +60,12 @@ class PerRewardGradients:
         """Find out which layers are fast. The module is left as it is until the block is entered.
 
         Args:
-            module: the network, not wrapped for distribution and not compiled.
+            module: the network itself, whole in this process (not sharded) and not compiled.
             parameters: some of its trainable parameters; all of them if not given.
             dtype: of the gradients.
             scale: losses are multiplied by it on the way back and gradients divided: against underflow in float16.
             check: make sure, in the first `compute` of two samples or more, that the samples do not mix and that no
-                trained weight acts outside its layer; costs three more backward passes, once. What changes
-                afterwards is not noticed.
+                trained weight acts outside its layer; costs three more backward passes, once.
 
         Raises:
             ValueError: nothing to train, a frozen parameter, batch normalisation in training mode, a compiled
@@ -79,7 +73,7 @@ class PerRewardGradients:
         """
         if not scale > 0:
             raise ValueError(f"scale must be > 0, got {scale}")
-        _refuse(module)
+        refuse(module)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if parameters is not None:
             check_trainable(parameters)
@@ -94,14 +88,16 @@ class PerRewardGradients:
         self.parameters = [p for _, p in named]
         self.sizes = [p.numel() for p in self.parameters]
         self.count = sum(self.sizes)
-        self._sites = _find_sites(module, {id(p): i for i, p in enumerate(self.parameters)})
-        self._probe = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
-        self._unchecked = check
+        self._sites = find_sites(module, {id(p): i for i, p in enumerate(self.parameters)})
+        self._probe = torch.zeros((), requires_grad=True)
+        self._wants_check, self._low_precision = check, any(p.dtype.itemsize < 4 for p in module.parameters())
         self._samples = 0  # N of the compute under way
         self._weights: Tensor | None = None  # [N, J] while contracting for more than one row
         self._rows: Rows | None = None  # while contracting,
         self._part = 0  # and which part of them
-        self._elsewhere: list[str] | None = None  # layers where other samples heard the first one's loss, in a check
+        self._elsewhere: dict[str, bool] | None = (
+            None  # in a check: layers where other samples hear the first one's loss
+        )
         self._heard, self._half, self._stale = 0, False, False
         self._going_back, self._probing = False, False
 
@@ -109,7 +105,10 @@ class PerRewardGradients:
 
     def __enter__(self) -> PerRewardGradients:
         check_trainable(self.parameters)
-        _refuse(self.module)
+        refuse(self.module)
+        self._probe = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
+        if wrapped := [site.name for site in self._sites if "forward" in vars(site.layer)]:
+            raise ValueError(f"forward of {wrapped[0]} was replaced, by another engine's open block or by another tool")
         for number, site in enumerate(self._sites):
             site.layer.forward = functools.partial(self._forward, number)  # type: ignore[method-assign]
             site.seen.clear()
@@ -147,9 +146,9 @@ class PerRewardGradients:
         self._half = self._half or delta.dtype.itemsize < 4
         here = self._sites[site]
         if self._elsewhere is not None:
-            rows = len(delta) // self._samples if len(delta) % self._samples == 0 else len(delta)
-            if delta[rows:].any():
-                self._elsewhere.append(here.name)
+            rest = delta[len(delta) // self._samples if len(delta) % self._samples == 0 else len(delta) :]
+            if rest.any():
+                self._elsewhere[here.name] = bool(rest.isfinite().all())
         elif self._rows is not None and not here.slow:
             if here.weight is not None and x is not None:
                 contract_weight(x, delta, self._weights, self._rows.block(self._part, here.weight))
@@ -166,7 +165,8 @@ class PerRewardGradients:
 
     def rows(self, slopes: int, consts: int) -> Rows:
         """`[J + I, P]` zeros for `accumulate`, where the parameters are."""
-        return Rows((slopes, consts), self.sizes, dtype=self.dtype, device=self._probe.device)
+        device = self.parameters[0].device
+        return Rows((slopes, consts), self.sizes, dtype=self.dtype, device=device, whole=active())
 
     def compute(
         self, loss: AffineLoss, advantages: Tensor, applies: Tensor | None = None, *, retain_graph: bool = True
@@ -188,7 +188,7 @@ class PerRewardGradients:
         """
         check_advantages(loss, advantages)
         effective = self._weights_of(loss.effective(advantages.to(loss.const)))
-        matrix = torch.zeros(advantages.shape[1], self.count, dtype=self.dtype, device=self._probe.device)
+        matrix = torch.zeros(advantages.shape[1], self.count, dtype=self.dtype, device=self.parameters[0].device)
         if applies is None:
             mean = torch.full_like(effective[:, :1], 1 / len(effective))
         else:
@@ -228,7 +228,9 @@ class PerRewardGradients:
     # ---- how ------------------------------------------------------------------------------------------
 
     def _weights_of(self, effective: Tensor) -> Tensor:
-        return effective.detach().to(device=self._probe.device, dtype=torch.promote_types(self.dtype, effective.dtype))
+        return effective.detach().to(
+            device=self.parameters[0].device, dtype=torch.promote_types(self.dtype, effective.dtype)
+        )
 
     def _gather(
         self,
@@ -249,7 +251,7 @@ class PerRewardGradients:
         for site in self._sites:
             site.slow = site.tied or any(size == 0 or size % self._samples for size in site.seen)
         self._heard = 0
-        if self._unchecked and self._samples > 1:
+        if self._wants_check and self._samples > 1 and self._unlike_before():
             self._check(loss)
         slow = self._slow()
         if loss.const.requires_grad:
@@ -262,6 +264,10 @@ class PerRewardGradients:
         self._insist_on_hearing(slow)
         if slow:
             self._by_columns(loss, slow, for_slope, for_const, rows, common is not None, keep)
+
+    def _unlike_before(self) -> bool:
+        """Whether a fast layer has a number of rows a sample that no check has seen."""
+        return any(size // self._samples not in s.checked for s in self._sites if not s.slow for size in s.seen)
 
     def _insist_on_hearing(self, slow: Sequence[int]) -> None:
         if not self._heard and len(slow) < len(self.parameters):
@@ -290,6 +296,10 @@ class PerRewardGradients:
             if "use_reentrant" in str(error):
                 raise ValueError(
                     "reentrant gradient checkpointing cannot be differentiated by parts: use use_reentrant=False"
+                ) from error
+            if "donated buffer" in str(error):
+                raise ValueError(
+                    "a compiled function calls the module: give the engine an eager forward pass"
                 ) from error
             raise
         finally:
@@ -330,19 +340,22 @@ class PerRewardGradients:
     def _check(self, loss: AffineLoss) -> None:
         """Refuse samples that mix; send layers whose rows or weights are not what they seem the slow way."""
         losses = loss.const + 0.7 * loss.slope
-        self._elsewhere = []
+        if not losses.isfinite().all():  # says nothing of the module: another batch will
+            return
+        self._elsewhere = {}
         try:
             self._backward(losses[0] * self.scale, [self._probe], True)
-            mixing = self._elsewhere
+            elsewhere = self._elsewhere
         finally:
             self._elsewhere = None
         self._insist_on_hearing(self._slow())
-        if mixing:
+        if not all(elsewhere.values()):  # an overflow, not a mixture
+            return
+        if elsewhere:
             raise ValueError(
                 "samples mix inside the module, or are not the first dimension there (as with normalisation over "
-                f"the batch): seen at {', '.join(mixing[:3])}"
+                f"the batch): seen at {', '.join(list(elsewhere)[:3])}"
             )
-        self._unchecked = False
         slow = set(self._slow())
         fast = [i for i in range(len(self.parameters)) if i not in slow]
         if not fast:
@@ -350,41 +363,24 @@ class PerRewardGradients:
         unlike = 1 + 0.5 * torch.arange(1, self._samples + 1, device=losses.device).to(losses.dtype).sin()
         rows = self.rows(2, 0)
         self._sweep(losses, torch.stack([unlike, -unlike], dim=1), rows, 0, keep=True)
-        wrong, tolerance = set(), 0.05 if self._half else 1e-3
+        low = self._half or self._low_precision or torch.backends.cuda.matmul.allow_tf32
+        wrong, tolerance = set(), 0.05 if low else 1e-3
         least = 1e-3 * tolerance * rows.gram()[0, 0].sqrt().item()
         inputs = [self.parameters[i] for i in fast]
-        for i, true in zip(fast, self._backward((unlike * losses).sum(), inputs, True), strict=True):
+        for i, true in zip(fast, self._backward((unlike * losses).sum() * self.scale, inputs, True), strict=True):
             ours = rows.block(0, i)[0]
-            true = torch.zeros_like(ours) if true is None else true.flatten().to(ours)
+            true = torch.zeros_like(ours) if true is None else true.flatten().to(ours) / self.scale
             if not torch.linalg.vector_norm(ours - true) <= tolerance * true.norm() + least:
                 wrong.add(i)
-        for site in self._sites:
-            site.tied = site.weight in wrong or site.bias in wrong
-            site.slow = site.slow or site.tied
-
-
-def _find_sites(module: nn.Module, numbers: dict[int, int]) -> list[_Site]:
-    """Linear layers that compute nothing but their product, and train their weight or bias."""
-    sites = []
-    for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-            continue
-        if "forward" in vars(layer) or layer._parameters.get("weight") is None:  # wrapped or parametrised by others
-            continue
-        bias = None if layer.bias is None else numbers.get(id(layer.bias))
-        weight = numbers.get(id(layer.weight))
-        if weight is not None or bias is not None:
-            sites.append(_Site(name, layer, weight, bias))
-    return sites
-
-
-def _refuse(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        if isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None:
-            raise ValueError(f"module is compiled at {name or 'its root'}: give the engine the module as it was before")
-        batch_norm = isinstance(part, nn.modules.batchnorm._BatchNorm)
-        if batch_norm and (part.training or part.running_mean is None):
-            raise ValueError(
-                f"batch normalisation in training mode at {name or 'its root'} mixes samples, so that they have no "
-                "gradients of their own: call eval() on it or use another normalisation"
+        if wrong:
+            names = ", ".join(self.names[i] for i in sorted(wrong)[:3])
+            warnings.warn(
+                f"{len(wrong)} parameters of linear layers act outside their layer, or its rows are not sample after "
+                f"sample; they take the slow way, a backward pass for every reward: {names} …",
+                stacklevel=5,
             )
+        for site in self._sites:
+            site.tied = site.tied or site.weight in wrong or site.bias in wrong
+            site.slow = site.slow or site.tied
+            if not site.slow:
+                site.checked |= {size // self._samples for size in site.seen}

@@ -18,18 +18,29 @@ class Rows:
     """`[J + I, P]` numbers: J rows and I rows, each a block per parameter."""
 
     def __init__(
-        self, counts: tuple[int, int], sizes: Sequence[int], *, dtype: torch.dtype, device: torch.device
+        self,
+        counts: tuple[int, int],
+        sizes: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        whole: bool = False,
     ) -> None:
-        """All zero, and nothing in memory yet.
+        """All zero, and nothing in memory yet unless `whole`.
 
         Args:
             counts: J and I.
             sizes: numbers of each parameter, P in all.
             dtype: of the rows.
             device: where they lie.
+            whole: make them in one piece at once, to be summed over processes in one message.
         """
         self.counts, self.sizes, self.dtype, self.device = counts, list(sizes), dtype, device
         self._blocks: tuple[list[Tensor | None], ...] = tuple([None] * len(self.sizes) for _ in counts)
+        self._whole: Tensor | None = None
+        if whole:
+            self._whole = torch.zeros(sum(counts), sum(self.sizes), dtype=dtype, device=device)
+            self._blocks = tuple(list(part.split(self.sizes, dim=1)) for part in self._whole.split(counts))
 
     @classmethod
     def of(cls, first: Tensor, second: Tensor, sizes: Sequence[int]) -> Rows:
@@ -54,14 +65,16 @@ class Rows:
 
     def matrix(self) -> Tensor:
         """`[J + I, P]` in one piece."""
+        if self._whole is not None:
+            return self._whole
         return torch.cat([self._both(i) for i in range(len(self.sizes))], dim=1)
 
     def gram(self) -> Tensor:
         """`[J + I, J + I]` float64 inner products, see `gram_of`."""
-        total = torch.zeros(len(self), len(self), dtype=torch.float64)
+        total = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.device)
         for parameter in range(len(self.sizes)):
-            total += gram_of(self._both(parameter))
-        return total
+            _add_gram(total, self._both(parameter))
+        return total.cpu()
 
     def mix(self, mixture: Tensor) -> list[Tensor]:
         """`mixture @ rows` for every parameter, `[p]` each. A row that the mixture leaves out may be anything."""
@@ -70,7 +83,7 @@ class Rows:
         return [weights @ self._both(parameter)[used] for parameter in range(len(self.sizes))]
 
     def sum_over_processes(self) -> None:
-        """Add up what all processes have, in one message."""
+        """Add up what all processes have, in one message (in place, if they were made `whole`)."""
         matrix = sum_over_processes(self.matrix())
         first, second = matrix.split(self.counts)
         self._blocks = Rows.of(first, second, self.sizes)._blocks
@@ -81,9 +94,13 @@ def gram_of(rows: Tensor) -> Tensor:
 
     Where a row is not finite, so are its products.
     """
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    _add_gram(total, rows)
+    return total.cpu()
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
     piece = 2**20 if rows.is_cuda else 2**14  # what a core's cache holds: three times as fast at 20 rows
     for part in rows.split(piece, dim=1):
         wide = part.double()
-        gram += wide @ wide.T
-    return gram.cpu()
+        total += wide @ wide.T

@@ -18,6 +18,13 @@ class AffineLoss:
     const: Tensor  # [N]
     slope: Tensor  # [N]
 
+    def __post_init__(self) -> None:
+        if self.const.ndim != 1 or self.slope.shape != self.const.shape or not len(self.const):
+            raise ValueError(
+                f"const and slope must both be [N] with N ≥ 1, got {tuple(self.const.shape)} and "
+                f"{tuple(self.slope.shape)}"
+            )
+
     def effective(self, advantages: Tensor) -> Tensor:
         """The advantages `[N, K]` as they enter the loss. Objectives that clip or mask do it here."""
         return advantages
