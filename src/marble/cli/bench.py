@@ -19,8 +19,8 @@ class Bench:
     """Measure an update's speed and memory: weighted sum, exact by the engine, exact by K backwards, amortised.
 
     Arms run in turn in one process, so that their ratios hold on a busy machine. `mini` is measured over whole epochs,
-    rollout and rewards included, on the CPU as the demo trains it; the other shapes have random weights and are measured
-    over the update phase.
+    rollout and rewards included, on the CPU as the demo trains it; the other shapes have random weights and are
+    measured over the update phase.
 
     example: marble bench sd3-small --rewards 5 20 --json bench.json
     """
