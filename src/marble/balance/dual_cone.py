@@ -7,6 +7,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from marble.balance.min_norm import checked_gram
+
 
 def keep_floors(gram: Tensor, weights: Tensor, floors: Tensor) -> Tensor:
     """Weights of the direction closest to `d = sum_k w_k g_k` whose product with no floor's gradient is negative.
@@ -50,16 +52,6 @@ def keep_floors(gram: Tensor, weights: Tensor, floors: Tensor) -> Tensor:
             lift, _ = nnls(root[:, chosen], -root @ scaled, maxiter=100 * count)
             row[chosen] += np.divide(lift, norms[chosen], out=np.zeros_like(lift), where=norms[chosen] > 0)
     return torch.from_numpy(moved)
-
-
-def checked_gram(gram: Tensor) -> np.ndarray:
-    """The symmetric part of a `[K, K]` Gram in float64; ValueError if it is not square, is empty or not finite."""
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
-        raise ValueError(f"gram must be [K, K] with K ≥ 1, got {tuple(gram.shape)}")
-    matrix = gram.detach().cpu().to(torch.float64).numpy()
-    if not np.isfinite(matrix).all():
-        raise ValueError(f"gram must be finite, got {matrix.tolist()}")
-    return (matrix + matrix.T) / 2
 
 
 def split_norms(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

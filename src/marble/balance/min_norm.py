@@ -29,12 +29,7 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     Raises:
         ValueError: not square, empty, or not finite.
     """
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
-        raise ValueError(f"gram must be [K, K] with K ≥ 1, got {tuple(gram.shape)}")
-    matrix = gram.detach().cpu().to(torch.float64).numpy()
-    if not np.isfinite(matrix).all():
-        raise ValueError("gram must be finite")
-    matrix = (matrix + matrix.T) / 2
+    matrix = checked_gram(gram)
     scale = np.abs(matrix).max()
     if scale == 0:
         return torch.full((len(matrix),), 1 / len(matrix), dtype=torch.float64)
@@ -45,6 +40,16 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     target = np.append(np.zeros(len(root)), 1.0)
     solution, _ = nnls(system, target, maxiter=100 * len(target))
     return torch.from_numpy(_refine(matrix, solution / solution.sum()))
+
+
+def checked_gram(gram: Tensor) -> np.ndarray:
+    """The symmetric part of a `[K, K]` Gram in float64; ValueError if it is not square, is empty or not finite."""
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not len(gram):
+        raise ValueError(f"gram must be [K, K] with K ≥ 1, got {tuple(gram.shape)}")
+    matrix = gram.detach().cpu().to(torch.float64).numpy()
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"gram must be finite, got {matrix.tolist()}")
+    return (matrix + matrix.T) / 2
 
 
 def _refine(matrix: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -22,8 +22,8 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from marble.balance.dual_cone import checked_gram, keep_floors, split_norms
-from marble.balance.min_norm import min_norm_weights
+from marble.balance.dual_cone import keep_floors, split_norms
+from marble.balance.min_norm import checked_gram, min_norm_weights
 from marble.errors import MarbleError, nearest
 
 TORCHJD: dict[str, str] = {
