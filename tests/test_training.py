@@ -151,6 +151,15 @@ def test_a_model_that_is_not_there_is_noticed_first(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path, monkeypatch):
+    train(tiny(), tmp_path / "run", watch=lambda metrics: True)
+    state = Run(tmp_path / "run").load_checkpoint()
+    del state["method"]
+    monkeypatch.setattr(Run, "load_checkpoint", lambda run: state)
+    with pytest.raises(MarbleError, match="checkpoint is of an earlier version"):
+        train(tiny(), tmp_path / "run", resume=True)
+
+
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(MarbleError, match="not a run folder"):
         train(tiny(), tmp_path / "none", resume=True)

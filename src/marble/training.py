@@ -11,6 +11,7 @@ from torch import Tensor
 
 from marble.balance.signals import signals_of
 from marble.config import Config
+from marble.errors import MarbleError
 from marble.heldout import HeldOut
 from marble.objectives.visit import plan_epoch
 from marble.rewards import score_images
@@ -128,6 +129,8 @@ def _restore(parts: Parts, held_out: HeldOut, run: Run, state: dict[str, Any] | 
     if state is None:  # a new run, or one broken off before its first checkpoint
         run.forget_after(0)
         return 0, 0.0
+    if "method" not in state:
+        raise MarbleError(f"{run.path}: its checkpoint is of an earlier version of marble; start the run anew")
     for name, weights in state["adapters"].items():
         parts.policy.load_adapter_state(name, weights)
     parts.updater.load_state_dict(state["updater"])
