@@ -19,7 +19,7 @@ from torch import Tensor
 from marble.balance import Balancer
 from marble.balance.method import Method
 from marble.balance.signals import signals_of
-from marble.config import make_config, read_config
+from marble.config import demo_config_path, make_config, read_config
 from marble.objectives.visit import plan_epoch, visit_loss
 from marble.rewards import score_images
 from marble.rollout import collect
@@ -42,8 +42,7 @@ WAYS = {
 
 def gather(run: Path | None, batches: int) -> tuple[list[str], Tensor, list[Tensor]]:
     """Rows of every batch's halves: names, `[B, 2, K, P]` own parts, signals."""
-    demo = Path(__file__).parent.parent / "src" / "marble" / "configs" / "demo.yaml"
-    config = make_config(read_config(demo if run is None else run / "config.yaml"))
+    config = make_config(read_config(demo_config_path() if run is None else run / "config.yaml"))
     config = config.model_copy(update={"balance": config.balance.model_copy(update={"estimate": "halves"})})
     parts = assemble(config)
     if run is not None:

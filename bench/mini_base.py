@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from marble import Policy, evaluate
-from marble.cli.train import demo_config_path
-from marble.config import make_config, read_config
+from marble.config import demo_config_path, make_config, read_config
 from marble.mini.render import render
 from marble.mini.world import MINI
 from marble.prompts import Record

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from marble import MarbleError, Run, train
-from marble.cli.train import demo_config_path
-from marble.config import make_config, read_config
+from marble.config import demo_config_path, make_config, read_config
 from marble.report import write_report
 
 

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from marble import MarbleError, Policy
-from marble.cli.train import demo_config_path
-from marble.config import make_config, read_config
+from marble.config import demo_config_path, make_config, read_config
 from marble.update import Updater
 
 

@@ -197,6 +197,11 @@ class Config(_Section):
         return self
 
 
+def demo_config_path() -> Path:
+    """The packaged config of `marble demo`."""
+    return Path(__file__).parent / "configs" / "demo.yaml"
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A YAML file's mapping, unchecked.
 

@@ -7,29 +7,12 @@ from scipy.optimize import minimize
 
 from marble.balance.dual_cone import keep_floors
 
+from .awkward import gradients
+
 KINDS = ["plain", "duplicate", "opposite", "nearly opposite", "zero", "all equal", "summing to zero", "uneven"]
 
 EXACT = ["plain", "duplicate", "opposite", "zero", "all equal", "summing to zero"]
 """The kinds whose directions a Gram determines to more than half of its digits."""
-
-
-def gradients(kind, count, width, seed):
-    g = torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    if kind == "duplicate":
-        g[0] = g[-1]
-    elif kind == "opposite":
-        g[0] = -g[-1]
-    elif kind == "nearly opposite":
-        g[0] = 1e-5 * g[0] - g[-1]
-    elif kind == "zero":
-        g[0] = 0
-    elif kind == "all equal":
-        g[:] = g[0].clone()
-    elif kind == "summing to zero":
-        g[-1] = -g[:-1].sum(dim=0)
-    elif kind == "uneven":
-        g *= torch.logspace(-5, 5, count, dtype=torch.float64)[:, None]
-    return g
 
 
 def draw(kind, count, width, seed):

@@ -7,6 +7,8 @@ from scipy.optimize import minimize
 
 from marble import min_norm_weights
 
+from .awkward import gradients
+
 
 def assert_optimal(gram, alpha, tolerance=1e-9):
     """On the simplex, and no vertex pulls further: the certificate of the minimum of a convex quadratic."""
@@ -17,21 +19,6 @@ def assert_optimal(gram, alpha, tolerance=1e-9):
     assert abs(alpha.sum().item() - 1) < 1e-12
     pull = gram @ alpha
     assert (alpha @ pull - pull.min()).item() <= tolerance * gram.diagonal().max().item()
-
-
-def gradients(kind, count, width, seed):
-    g = torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    if kind == "duplicate":
-        g[0] = g[-1]
-    elif kind == "opposite":
-        g[0] = -g[-1]
-    elif kind == "zero":
-        g[0] = 0
-    elif kind == "all equal":
-        g[:] = g[0].clone()
-    elif kind == "aligned":
-        g += 5
-    return g
 
 
 KINDS = ["plain", "duplicate", "opposite", "zero", "all equal", "aligned"]

@@ -14,8 +14,7 @@ import yaml
 
 from marble.cli import COMMANDS, main
 from marble.cli.settings import describe_settings, override
-from marble.cli.train import demo_config_path
-from marble.config import read_config
+from marble.config import demo_config_path, read_config
 from marble.errors import MarbleError
 
 TINY = [

@@ -26,6 +26,7 @@ from marble.balance.dual_cone import keep_floors
 from marble.balance.signals import Signals
 from marble.catalogue import FROM_GRADIENTS
 from marble.config import Balance, Config
+from marble.gradients import whole_gram
 from marble.rewards import RewardTable
 from marble.seeds import generator
 
@@ -216,8 +217,7 @@ class Method:
 
     def _of_rewards(self, gram: Tensor) -> Tensor:
         """`[K, K]` of what is balanced: whole gradients, or their parts that advantages enter."""
-        own, const = gram[:-1, :-1], gram[:-1, -1]
-        return own if self.settings.gradients == "advantage" else own + const[:, None] + const + gram[-1, -1]
+        return gram[:-1, :-1] if self.settings.gradients == "advantage" else whole_gram(gram)
 
     def _above_floors(self, gram: Tensor, mixture: Tensor, usable: Tensor) -> Tensor:
         """The nearest mixture whose direction opposes neither the own part of a floor's gradient nor the whole."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from marble.balance.signals import signals_of
 from marble.bench.measure import interleaved, ratio, summary
 from marble.bench.update import REFRESH
-from marble.config import Config, make_config, read_config
+from marble.config import Config, demo_config_path, make_config, read_config
 from marble.objectives.visit import plan_epoch
 from marble.rewards import score_images
 from marble.rollout import collect
@@ -36,9 +35,7 @@ def bench_epoch(*, repeats: int = 7, prompts: int = 6, group_size: int = 12, mic
         For every arm `seconds` an epoch and `speed` against the weighted sum (medians and middle halves); `phases`:
         seconds of rollout, rewards and update of the weighted sum's last epoch.
     """
-    from importlib.resources import files
-
-    base = read_config(Path(str(files("marble"))) / "configs" / "demo.yaml")
+    base = read_config(demo_config_path())
     base["rollout"] |= {"prompts": prompts, "group_size": group_size, "steps": 10, "batch": prompts * group_size}
     base["objective"] |= {"timesteps": 9}
     base["optimizer"] |= {"updates_per_epoch": 1, "micro_batch": micro_batch}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from marble.balance import Balancer
 from marble.bench.measure import interleaved, peak_bytes, ratio, summary
 from marble.bench.shapes import Shape
-from marble.gradients import PerRewardGradients, gram_of, reference_gradients
+from marble.gradients import PerRewardGradients, gram_of, reference_gradients, whole_gram
 from marble.objectives import AffineLoss, nft_loss
 
 REFRESH = 10
@@ -78,9 +78,7 @@ class Phase:
         with self.engine:
             loss = self.loss()
             self.engine.accumulate(rows, loss, weights, torch.full_like(weights[:, :1], 1 / len(weights)))
-        gram = rows.gram()
-        whole = gram[:-1, :-1] + gram[:-1, -1:] + gram[-1:, :-1] + gram[-1, -1]
-        self.balancer.step(whole)
+        self.balancer.step(whole_gram(rows.gram()))
         self._step(rows.mix(torch.cat([self.balancer.coefficients, torch.ones(1)])))
 
     def by_backwards(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from marble.cli.train import demo_config_path, start, take_options
-from marble.config import make_config, read_config
+from marble.cli.train import start, take_options
+from marble.config import demo_config_path, make_config, read_config
 
 USAGE = """usage: marble demo [--out DIR] [--json] [--section.setting VALUE …]
 

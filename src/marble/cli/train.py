@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from marble.config import Config, make_config, read_config
+from marble.config import Config, demo_config_path, make_config, read_config
 from marble.errors import MarbleError
 
 USAGE = """usage: marble train [CONFIG] [--out DIR] [--resume RUN] [--json] [--section.setting VALUE …]
@@ -23,13 +23,6 @@ examples: marble train my.yaml --out runs/mine --optimizer.lr 1e-4 --rewards.1.w
 
 settings (N: number of the item in a list):
 """
-
-
-def demo_config_path() -> Path:
-    """The packaged config of `marble demo`."""
-    from importlib.resources import files
-
-    return Path(str(files("marble"))) / "configs" / "demo.yaml"
 
 
 def run(argv: list[str]) -> int:

@@ -2,6 +2,6 @@
 
 from marble.gradients.engine import PerRewardGradients
 from marble.gradients.reference import reference_gradients
-from marble.gradients.rows import Rows, gram_of
+from marble.gradients.rows import Rows, gram_of, whole_gram
 
-__all__ = ["PerRewardGradients", "Rows", "gram_of", "reference_gradients"]
+__all__ = ["PerRewardGradients", "Rows", "gram_of", "reference_gradients", "whole_gram"]

@@ -95,9 +95,8 @@ class PerRewardGradients:
         self._weights: Tensor | None = None  # [N, J] while contracting for more than one row
         self._rows: Rows | None = None  # while contracting,
         self._part = 0  # and which part of them
-        self._elsewhere: dict[str, bool] | None = (
-            None  # in a check: layers where other samples hear the first one's loss
-        )
+        # in a check: layers where other samples hear the first one's loss, and whether as finite numbers
+        self._elsewhere: dict[str, bool] | None = None
         self._heard, self._half, self._stale = 0, False, False
         self._going_back, self._probing = False, False
 
