@@ -7,10 +7,11 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "marble"
 ROOMS = [
-    ("errors", "storage", "seeds", "registry", "catalogue", "distributed"),
+    ("errors", "storage", "seeds", "registry", "catalogue", "distributed", "memory", "shard"),
     ("rules",),
     ("config",),
     ("prompts",),
+    ("noise",),
     ("watch",),
     ("policy",),
     ("rollout",),
@@ -26,6 +27,9 @@ ROOMS = [
     ("setup",),
     ("step",),
     ("heldout",),
+    ("resume",),
+    ("export",),
+    ("card",),
     ("training",),
     ("bench",),
     ("report",),

@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from marble.distributed import active, sum_gradients, sum_over_processes, total
+from marble import MarbleError, distributed
+from marble.distributed import (
+    active,
+    agree,
+    decide,
+    gather_rows,
+    share,
+    spread,
+    start,
+    sum_gradients,
+    sum_over_processes,
+    total,
+)
 
 from .small import REWARDS, Trial
-from .two_processes import CASES, OWN, PATIENCE, pipeline_run, run_all, toy_run
+from .two_processes import CASES, OWN, PATIENCE, ROWS, pipeline_run, run_all, toy_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,3 +126,75 @@ def test_with_one_process_nothing_is_sent():
     parameter = torch.nn.Parameter(torch.ones(2))
     sum_gradients([parameter])
     assert parameter.grad is None
+    assert gather_rows(values, range(2), 2) is values
+    assert share(5) == range(5)
+    assert agree(True)
+    assert decide(lambda: {1, 2}) == {1, 2}  # it need not even be JSON
+    assert spread(b"abc") == b"abc"
+    assert not start()
+
+
+def test_rows_of_all_processes_arrive_bit_for_bit(both):
+    assert [results["helpers"]["who"] for results in both] == [[0, 2, True], [1, 2, False]]
+    assert [results["helpers"]["own"] for results in both] == [[0, 1], [2]]
+    bits = ROWS.view(torch.int64)
+    for results in both:
+        found = results["helpers"]
+        assert torch.equal(found["float64"].view(torch.int64), bits)  # NaN, −0 and subnormal numbers too
+        assert torch.equal(found["one has all"].view(torch.int64), bits)
+        assert torch.equal(found["bool"], ROWS > 1)
+        assert torch.equal(found["uint8"][..., 0], ROWS.clamp(0, 5).to(torch.uint8))
+        assert torch.equal(found["half"], ROWS[:, 0].half())
+
+
+def test_the_main_process_decides(both):
+    for results in both:
+        found = results["helpers"]
+        assert found["agreed"] == [True, False]
+        assert found["decided"] == {"rank": 0, "numbers": [1, 2.5, None]}
+        assert found["said"] == "found by the main one"
+        assert found["spread"] == list(range(7))
+        assert found["nothing"] == []
+
+
+@pytest.mark.parametrize(("count", "processes"), [(5, 2), (4, 3), (8, 4), (2, 3), (0, 2), (48, 7)])
+def test_shares_hold_all_and_are_as_equal_as_can_be(monkeypatch, count, processes):
+    monkeypatch.setattr(distributed, "world", lambda: processes)
+    shares = [share(count, process) for process in range(processes)]
+    assert [i for own in shares for i in own] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
+def test_engines_that_reduce_gradients_themselves_are_refused(monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(MarbleError, match=rf"ACCELERATE_USE_{engine}=true: .*Launch with torchrun"):
+        start()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "_has_gpus", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(MarbleError, match="2 processes were launched on a machine with 1 GPU"):
+        start()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        pytest.param(-1, "no such thing", marks=pytest.mark.slow),  # in all of them
+        pytest.param(0, "no such thing", marks=pytest.mark.slow),
+        (1, "process 1: no such thing"),
+    ],
+)
+def test_an_error_ends_all_processes_and_is_said_once(number, said):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.two_processes"]
+    done = subprocess.run(
+        [*command, "fail", str(number)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stdout.splitlines() if line.startswith("said: ")]
+    assert len(lines) == 1, done.stdout + done.stderr
+    assert lines[0].startswith(f"said: {said}")

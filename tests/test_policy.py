@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from marble import MarbleError, Policy
+from marble.noise import NoiseLevels
 from marble.policy import model_path
 
 TEXTS = ["a red circle", 'the word "CAT" in blue']
@@ -41,36 +42,32 @@ def test_call_size_does_not_matter(policy, batch):
     whole = policy.sample(TEXTS, [1, 2, 3, 4], steps=2)
     parts = policy.sample(TEXTS, [1, 2, 3, 4], steps=2, batch=batch)
     torch.testing.assert_close(whole.x0, parts.x0, atol=1e-4, rtol=0)
-    at = torch.full((4,), 0.5)
-    noisy = policy.noised(whole.x0, torch.randn(whole.x0.shape), at)
-    a, b = (policy.predict(noisy, at, at * 1000, s.conditioning, "default").x0 for s in (whole, parts))
+    half = torch.full((4,), 0.5)
+    at = NoiseLevels(half, half, half * 1000, "flow_prediction")
+    noisy = at.noised(whole.x0, torch.randn(whole.x0.shape))
+    a, b = (policy.predict(noisy, at, s.conditioning, "default").x0 for s in (whole, parts))
     torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 def test_text_is_kept_once_a_prompt(policy):
     samples = policy.sample(TEXTS, list(range(6)), steps=2)
     assert samples.conditioning.rows.tolist() == [0, 0, 0, 1, 1, 1]
-    assert all(len(value) == 2 for value in samples.conditioning.per_prompt.values())
+    (table,) = samples.conditioning.tables
+    assert all(len(value) == 2 for value in table.per_prompt.values())
 
 
 def test_replaying_the_conditioning_retraces_the_rollout(policy):
     """Euler by hand with `predict` ends where the pipeline ended."""
     stir(policy)
     samples = policy.sample(TEXTS, [5, 6], steps=4, adapter="default")
-    sigmas = torch.cat([samples.sigmas, torch.zeros(1)])
+    sigmas = torch.cat([samples.levels.sigmas, torch.zeros(1)])
     x = torch.cat([torch.randn(1, *samples.x0.shape[1:], generator=torch.Generator().manual_seed(s)) for s in (5, 6)])
     with torch.no_grad():
         for i in range(4):
-            at = sigmas[i].expand(2)
-            found = policy.predict(x, at, samples.timesteps[i].expand(2), samples.conditioning, "default")
+            at = samples.levels[torch.tensor([i, i])]
+            found = policy.predict(x, at, samples.conditioning, "default")
             x = x + (sigmas[i + 1] - sigmas[i]) * found.output
     torch.testing.assert_close(x, samples.x0, atol=1e-5, rtol=1e-5)
-
-
-def test_prediction_recovers_x0_from_the_true_velocity(policy):
-    x0, noise, sigma = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4), torch.tensor([0.3, 0.8])
-    x_t = policy.noised(x0, noise, sigma)
-    torch.testing.assert_close(x_t - sigma.view(-1, 1, 1, 1) * (noise - x0), x0, atol=1e-6, rtol=1e-5)
 
 
 def test_adapters_are_what_they_claim(policy, untrained):
@@ -104,16 +101,16 @@ def test_copy_keeps_a_share(policy):
 
 def test_lora_in_stock_diffusers_without_marble_gives_the_same_pixels(policy, untrained, tmp_path):
     stir(policy, "ema")
-    policy.save_lora(tmp_path)
+    policy.save(tmp_path)
     own = Policy.from_pretrained(str(untrained))
-    own.load_lora(tmp_path)
+    own.load_lora(tmp_path / "lora")
     picture = own.picture(TEXTS[0], 7, num_inference_steps=3, guidance_scale=1.0)
     stock = f"""
 import sys, torch
 torch.set_num_threads(1)
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(untrained)!r})
-pipe.load_lora_weights({str(tmp_path)!r})
+pipe.load_lora_weights({str(tmp_path / "lora")!r})
 generator = torch.Generator().manual_seed(7)
 image = pipe({TEXTS[0]!r}, num_inference_steps=3, guidance_scale=1.0, generator=generator).images[0]
 image.save({str(tmp_path / "stock.png")!r})
@@ -152,5 +149,5 @@ def test_clear_errors(tmp_path, untrained):
     policy = Policy.from_pretrained(str(untrained))
     with pytest.raises(MarbleError, match="no layer of transformer matches"):
         policy.add_adapters(rank=2, alpha=2, targets=["nothing_like_it"], seed=0)
-    with pytest.raises(MarbleError, match="holds no pytorch_lora_weights"):
+    with pytest.raises(MarbleError, match="holds no .safetensors"):
         policy.load_lora(tmp_path)

@@ -34,3 +34,11 @@ OBJECTIVES = {
     "nft": "DiffusionNFT: towards good samples and away from bad ones, relative to the old policy",
     "awm": "advantage-weighted matching: the pretraining loss weighted by the advantage, clipped as in PPO",
 }
+
+SCHEDULERS = {
+    "own": "the pipeline's own",
+    "dpm++": "DPM-Solver++ 2M",
+    "euler": "Euler, of the flow or of the probability flow",
+    "ddim": "DDIM; not for flow models",
+}
+"""What a pipeline may sample with."""

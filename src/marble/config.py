@@ -8,16 +8,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from marble.catalogue import METHODS, OBJECTIVES
+from marble.catalogue import METHODS, OBJECTIVES, SCHEDULERS
 from marble.errors import MarbleError, nearest
 from marble.registry import check, is_file
 from marble.rules import check_rules
-
-SD3_LORA_TARGETS = [
-    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
-    *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
-]
-"""The layers that DiffusionNFT and Flow-GRPO train in SD3.5."""
 
 
 class _Section(BaseModel):
@@ -29,15 +23,36 @@ class LoRA(_Section):
 
     rank: int = Field(32, ge=1, description="rank of the two factors")
     alpha: int = Field(64, ge=1, description="scale of the adapter, times 1/rank")
-    targets: list[str] = Field(SD3_LORA_TARGETS, min_length=1, description="endings of the layers' names")
+    targets: list[str] | None = Field(
+        None, min_length=1, description="endings of the layers' names; all of attention, if not given"
+    )
+    start: str | None = Field(
+        None, description="folder, file or hub id of a LoRA to go on from; its own rank, scale and layers hold"
+    )
 
 
 class Model(_Section):
-    """What is fine-tuned."""
+    """What is fine-tuned, and how it fits the machine."""
 
     id: str = Field("mini", description="hub id, folder of a Diffusers pipeline, or a registered model")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    variant: str | None = Field(None, description="of the files on the hub, such as fp16")
+    train: Literal["lora", "full"] = Field("lora", description="an adapter, or all of the denoiser (small models)")
     lora: LoRA = LoRA()
+    merge: list[str] = Field([], description="LoRA to add to the weights for good before training")
     call: dict[str, Any] = Field({}, description="extra arguments of every call of the pipeline while training")
+    device: str = Field("auto", description="auto: this process's GPU if there is one; or cpu, cuda, cuda:1, mps")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen weights; what is trained is kept in single precision"
+    )
+    quantize: Literal["8bit", "4bit"] | None = Field(None, description="frozen weights by bitsandbytes (an extra)")
+    checkpointing: bool = Field(False, description="make activations again on the way back: less memory, more time")
+    offload: Literal["text", "all"] | None = Field(
+        None, description="keep idle text encoders, or all but the denoiser, in the CPU's memory"
+    )
+    vae_tiling: bool = Field(False, description="decode images in tiles")
+    vae_slicing: bool = Field(False, description="decode images one by one")
+    trust_remote_code: bool = Field(False, description="let the model's own code run")
 
 
 class PromptSource(_Section):
@@ -56,13 +71,29 @@ class RewardTerm(_Section):
     floor: bool = Field(False, description="never traded away: no solved direction opposes this reward's gradient")
 
 
+def _known(names: dict[str, str]) -> AfterValidator:
+    def check_known(name: str) -> str:
+        if name not in names:
+            raise ValueError(f'"{name}" is not one of {", ".join(names)}.{nearest(name, names)}')
+        return name
+
+    return AfterValidator(check_known)
+
+
 class Rollout(_Section):
     """How an epoch's images are sampled."""
 
     prompts: int = Field(48, ge=1, description="prompts an epoch, over all sources")
     group_size: int = Field(24, ge=2, description="images per prompt, G")
     steps: int = Field(10, ge=2, description="denoising steps, T")
-    batch: int = Field(256, ge=1, description="images sampled in one call of the pipeline")
+    batch: int = Field(256, ge=1, description="images sampled in one call of the pipeline; halved if memory is short")
+    guidance: float = Field(
+        1.0, ge=0, description="1 for none; the scale that a guidance-distilled model (FLUX.1-dev) is told"
+    )
+    scheduler: Annotated[str, _known(SCHEDULERS)] = Field("own", description="see marble list schedulers")
+    judged_frames: int | None = Field(
+        None, ge=1, description="of a video, evenly spaced: those that rewards for images judge; all, if not given"
+    )
 
 
 class Decay(_Section):
@@ -75,15 +106,6 @@ class Decay(_Section):
     def at(self, update: int) -> float:
         """The decay after `update` updates."""
         return min(self.slope * max(0, update - self.start), self.limit)
-
-
-def _known(names: dict[str, str]) -> AfterValidator:
-    def check_known(name: str) -> str:
-        if name not in names:
-            raise ValueError(f'"{name}" is not one of {", ".join(names)}.{nearest(name, names)}')
-        return name
-
-    return AfterValidator(check_known)
 
 
 class Objective(_Section):
@@ -137,15 +159,16 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(_Section):
-    """AdamW on the adapter."""
+    """AdamW on what is trained."""
 
+    name: Literal["adamw", "adamw-8bit"] = Field("adamw", description="adamw-8bit: bitsandbytes' (an extra)")
     lr: float = Field(3e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     eps: float = Field(1e-8, gt=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     updates_per_epoch: int = Field(1, ge=1, description="optimiser updates made from one epoch's images")
-    micro_batch: int = Field(64, ge=1, description="images in one forward and backward")
+    micro_batch: int = Field(64, ge=1, description="images in one forward and backward; halved if memory is short")
 
 
 class Budget(_Section):
@@ -163,6 +186,8 @@ class Evaluation(_Section):
     prompts: int = Field(48, ge=2, description="held-out prompts over all sources, in the training shares")
     images: int = Field(4, ge=1, description="images per prompt")
     steps: int = Field(40, ge=1, description="denoising steps")
+    guidance: float = Field(1.0, ge=0, description="guidance scale; 1 for none")
+    scheduler: Annotated[str, _known(SCHEDULERS)] = Field("own", description="see marble list schedulers")
     every: int = Field(0, ge=0, description="updates between evaluations on the way; 0: only before and after")
     track: float = Field(0.5, gt=0, le=1, description="share of the prompts used on the way")
     early_stop: str | None = Field(None, description="name of a held-out reward that must not fall significantly")

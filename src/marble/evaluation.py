@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from marble.distributed import gather_rows, share
 from marble.policy import Policy
 from marble.prompts import Record
 from marble.rewards import Reward, score_images
+from marble.rewards.gather import gather_table
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Evaluation:
     names: list[str]  # [K]
     scores: Tensor  # [M, K] float64, NaN where a reward does not apply
     prompts: list[str]  # one a group of images
-    images: Tensor  # [M, 3, H, W] uint8
+    images: Tensor  # [M, 3, H, W] ([M, F, 3, H, W] of videos) uint8, or those of the first prompts alone
 
     @property
     def per_prompt(self) -> np.ndarray:
@@ -62,8 +64,14 @@ def evaluate(
     steps: int = 40,
     adapter: str | None = "ema",
     batch: int = 256,
+    guidance: float = 1.0,
+    scheduler: str = "own",
+    frames: int | None = None,
+    shown: int | None = None,
 ) -> Evaluation:
     """Make images of `prompts` with the same `seeds` for each prompt, and score them.
+
+    Several processes share the prompts out, and all of them have to call this; each gets the whole evaluation.
 
     Args:
         policy: the model.
@@ -73,15 +81,31 @@ def evaluate(
         steps: denoising steps.
         adapter: which adapter to evaluate, None for the base model.
         batch: images sampled in one call of the pipeline.
+        guidance: guidance scale; 1 for none.
+        scheduler: one of `marble.noise.SCHEDULERS`.
+        frames: how many frames of a video a reward for images judges; all, if not given.
+        shown: of how many prompts, from the first, the images are kept; of all, if not given.
     """
-    samples = policy.sample(
-        [p.text for p in prompts], list(seeds) * len(prompts), steps=steps, adapter=adapter, batch=batch
-    )
-    records = [record for record in prompts for _ in seeds]
-    groups = torch.arange(len(prompts)).repeat_interleave(len(seeds))
-    table = score_images(rewards, samples.images, records, groups)
-    pixels = (samples.images.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Evaluation(table.names, table.scores, [p.text for p in prompts], pixels)
+    own, each = share(len(prompts)), len(seeds)
+    mine, rows = prompts[own.start : own.stop], range(own.start * each, own.stop * each)
+    images = torch.empty(0, 3, 0, 0)
+    if mine:
+        images = policy.images(
+            [p.text for p in mine],
+            list(seeds) * len(mine),
+            steps=steps,
+            adapter=adapter,
+            guidance=guidance,
+            scheduler=scheduler,
+            batch=batch,
+        )
+    groups = torch.arange(own.start, own.stop).repeat_interleave(each)
+    local = score_images(rewards, images, [record for record in mine for _ in seeds], groups, frames=frames)
+    table = gather_table(local, rows, len(prompts) * each)
+    keep = each * (len(prompts) if shown is None else min(shown, len(prompts)))
+    kept = range(min(rows.start, keep), min(rows.stop, keep))
+    pixels = (images[: len(kept)].clamp(0, 1) * 255).round().to(torch.uint8)
+    return Evaluation(table.names, table.scores, [p.text for p in prompts], gather_rows(pixels, kept, keep))
 
 
 def gains(before: Evaluation, after: Evaluation, *, resamples: int = 2000, seed: int = 0) -> dict[str, Gain]:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from marble.config import Config
+from marble.distributed import agree, decide, is_main
 from marble.evaluation import Evaluation, evaluate, gains
 from marble.run import Run
 from marble.seeds import derive
@@ -40,7 +41,7 @@ class HeldOut:
         """Whether the early-stop reward has been below its start for long enough."""
         return self.strikes >= self.config.evaluation.patience
 
-    def _evaluate(self, count: int, adapter: str | None) -> Evaluation:
+    def _evaluate(self, count: int, adapter: str | None, shown: int = 0) -> Evaluation:
         settings = self.config.evaluation
         prompts = self.parts.held_out_prompts[:count]
         return evaluate(
@@ -51,15 +52,19 @@ class HeldOut:
             steps=settings.steps,
             adapter=adapter,
             batch=self.config.rollout.batch,
+            guidance=settings.guidance,
+            scheduler=settings.scheduler,
+            frames=self.config.rollout.judged_frames,
+            shown=shown,
         )
 
     def before(self) -> None:
         """Evaluate the base model, unless an earlier part of this run has; log it as update 0."""
-        known = self.run.evaluation().get("before")
+        known = decide(lambda: self.run.evaluation().get("before"))
         if known is not None:
             self.start = _from_json(known)
             return
-        self.start = self._evaluate(len(self.parts.held_out_prompts), None)
+        self.start = self._evaluate(len(self.parts.held_out_prompts), None, SHOWN_PROMPTS)
         self._show(self.start, "before")
         self.run.write_evaluation(self._content(self.start))
         self.run.log({"update": 0, "held_out": self._first(self.start).means()})
@@ -74,7 +79,7 @@ class HeldOut:
         now = self._evaluate(self.tracked, "ema")
         name = self.config.evaluation.early_stop
         if name is not None and self.start is not None:
-            fallen = gains(self._first(self.start), now)[name].high < 0
+            fallen = agree(gains(self._first(self.start), now)[name].high < 0)
             self.strikes = self.strikes + 1 if fallen else 0
             if not fallen:
                 self.best = self._average()
@@ -84,7 +89,7 @@ class HeldOut:
 
     def after(self) -> None:
         """Evaluate what is exported on all held-out prompts; write `evaluation.json` and the samples."""
-        end = self._evaluate(len(self.parts.held_out_prompts), "ema")
+        end = self._evaluate(len(self.parts.held_out_prompts), "ema", SHOWN_PROMPTS)
         self._show(end, "after")
         assert self.start is not None
         self.run.write_evaluation(self._content(self.start, end))
@@ -122,14 +127,17 @@ class HeldOut:
         return content
 
     def _show(self, evaluation: Evaluation, name: str) -> None:
-        """Write the first images of the first prompts as `samples/NAME/PPP_I.png`."""
+        """Write the first images of the first prompts as `samples/NAME/PPP_I.png`, in the main process."""
+        if not is_main():
+            return
         folder = self.run.path / "samples" / name
         folder.mkdir(parents=True, exist_ok=True)
         each = len(self.seeds)
         for p in range(min(SHOWN_PROMPTS, len(evaluation.prompts))):
             for i in range(min(SHOWN_IMAGES, each)):
-                pixels = evaluation.images[p * each + i].permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(folder / f"{p:03d}_{i}.png")
+                pixels = evaluation.images[p * each + i]
+                pixels = pixels[len(pixels) // 2] if pixels.ndim == 4 else pixels  # of a video, the middle
+                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{p:03d}_{i}.png")
 
 
 def _from_json(content: dict[str, Any]) -> Evaluation:

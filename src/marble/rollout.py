@@ -25,11 +25,29 @@ class Rollout:
 
     @property
     def images(self) -> Tensor:
-        """`[N, 3, H, W]` float in [0, 1]."""
+        """`[N, 3, H, W]` float in [0, 1]; `[N, F, 3, H, W]` of videos."""
         return self.samples.images
 
 
-def collect(policy: Policy, batch: PromptBatch, *, steps: int, images_per_call: int, adapter: str = "old") -> Rollout:
+def collect(
+    policy: Policy,
+    batch: PromptBatch,
+    *,
+    steps: int,
+    images_per_call: int,
+    adapter: str = "old",
+    guidance: float = 1.0,
+    scheduler: str = "own",
+    offset: int = 0,
+) -> Rollout:
     """Sample every image of `batch`: the same seeds and weights give the same images."""
-    texts = [record.text for record in batch.prompts]
-    return Rollout(batch, policy.sample(texts, batch.seeds, steps=steps, adapter=adapter, batch=images_per_call))
+    samples = policy.sample(
+        [record.text for record in batch.prompts],
+        batch.seeds,
+        steps=steps,
+        adapter=adapter,
+        guidance=guidance,
+        scheduler=scheduler,
+        batch=images_per_call,
+    )
+    return Rollout(batch, samples, offset)

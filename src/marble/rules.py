@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from marble.config import Config
 
 
-RESERVED_CALL = ("prompt", "num_images_per_prompt", "num_inference_steps", "guidance_scale", "generator", "output_type")
+RESERVED_CALL = (
+    *("prompt", "num_images_per_prompt", "num_videos_per_prompt", "num_inference_steps"),
+    *("guidance_scale", "generator", "output_type"),
+)
 """Arguments of a pipeline's call that training sets itself."""
 
 
@@ -33,18 +36,32 @@ def check_rules(config: Config) -> None:
     Raises:
         ValueError: one line per broken rule.
     """
-    problems = [*_geometry(config), *_balance(config), *_budget(config)]
+    problems = [*_model(config), *_geometry(config), *_balance(config), *_budget(config)]
     if problems:
         raise ValueError("\n  ".join(problems))
 
 
+def _model(config: Config) -> list[str]:
+    model, problems = config.model, []
+    problems += [
+        f"model.call: {name} is set by other settings; leave it out" for name in model.call if name in RESERVED_CALL
+    ]
+    if model.quantize and model.train == "full":
+        problems.append(f"model.train: quantised weights cannot be trained, got full with quantize = {model.quantize}")
+    if model.quantize and model.merge:
+        problems.append(f"model.merge: quantised weights cannot be added to, got quantize = {model.quantize}")
+    if model.train == "full" and model.lora.start:
+        problems.append(f"model.lora.start: with train = full merge it instead: model.merge: [{model.lora.start}]")
+    if model.quantize or config.optimizer.name == "adamw-8bit":
+        field = "model.quantize" if model.quantize else "optimizer.name"
+        if importlib.util.find_spec("bitsandbytes") is None:
+            problems.append(f'{field}: needs bitsandbytes: pip install "marble-diffusion[quantize]"')
+    return problems
+
+
 def _geometry(config: Config) -> list[str]:
     rollout, objective, optimizer = config.rollout, config.objective, config.optimizer
-    problems = [
-        f"model.call: {name} is set by other settings; leave it out"
-        for name in config.model.call
-        if name in RESERVED_CALL
-    ]
+    problems = []
     if objective.timesteps > rollout.steps - 1:
         problems.append(
             f"objective.timesteps: at most rollout.steps − 1 (the last step is not trained), got {objective.timesteps} "

@@ -1,4 +1,7 @@
-"""The run folder: everything a run leaves behind, each file whole or absent."""
+"""The run folder: everything a run leaves behind, each file whole or absent.
+
+Of several processes the main one alone reads and writes it; the others need not even see its disk.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from marble.config import Config, dump_config, make_config, read_config
+from marble.distributed import is_main, world
 from marble.errors import MarbleError
 from marble.storage import load_tree, save_tree, write_atomic
 
@@ -21,7 +25,10 @@ _NEEDED_BYTES = 200 * 2**20
 
 
 class Run:
-    """`config.yaml`, `metrics.jsonl`, `evaluation.json`, `checkpoints/`, `samples/`, `lora/` and `report.html`."""
+    """`config.yaml`, `metrics.jsonl`, `evaluation.json`, `checkpoints/`, `samples/`, `lora/` and `report.html`.
+
+    In another process than the main one, nothing is checked or written.
+    """
 
     def __init__(self, path: Path) -> None:
         """An existing run.
@@ -29,7 +36,7 @@ class Run:
         Raises:
             MarbleError: the folder is not there, or holds no `config.yaml`.
         """
-        if not (path / "config.yaml").is_file():
+        if is_main() and not (path / "config.yaml").is_file():
             raise MarbleError(f'"{path}" is not a run folder: it has no config.yaml')
         self.path = path
 
@@ -40,6 +47,8 @@ class Run:
         Raises:
             MarbleError: the folder exists and is not empty, cannot be written, or the disk is nearly full.
         """
+        if not is_main():
+            return cls(path)
         check_output(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -58,6 +67,8 @@ class Run:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
+        if not is_main():
+            return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
@@ -75,6 +86,8 @@ class Run:
 
     def forget_after(self, update: int) -> None:
         """Drop the metrics of updates that a resumed run will make again."""
+        if not is_main():
+            return
         kept = [json.dumps(row) for row in self.metrics() if row["update"] <= update]
         write_atomic(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
 
@@ -82,7 +95,8 @@ class Run:
 
     def write_evaluation(self, content: dict[str, Any]) -> None:
         """Replace `evaluation.json`."""
-        write_atomic(self.path / "evaluation.json", json.dumps(content))
+        if is_main():
+            write_atomic(self.path / "evaluation.json", json.dumps(content))
 
     def evaluation(self) -> dict[str, Any]:
         """The content of `evaluation.json`, empty before the first evaluation."""
@@ -94,6 +108,8 @@ class Run:
     def save_checkpoint(self, update: int, state: dict[str, Any], keep: int) -> Path:
         """Write `checkpoints/step_NNNNNN`, aside and then renamed, and delete all but the newest `keep`."""
         folder = self.path / "checkpoints" / f"step_{update:06d}"
+        if not is_main():
+            return folder
         aside = folder.with_name(folder.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -146,6 +162,19 @@ def free_folder(path: Path) -> Path:
     return free
 
 
+def choose_folder(out: Path | None, resume: bool) -> Path:
+    """Where a run is, or will be: `out`, or the first free of `runs/run`, `runs/run-2`, …
+
+    Raises:
+        MarbleError: as `Run` does with `resume`, as `check_output` does without.
+    """
+    out = free_folder(Path("runs/run")) if out is None else Path(out)
+    if resume:
+        return Run(out).path
+    check_output(out)
+    return out
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions and machine, for the report."""
     import torch
@@ -155,6 +184,7 @@ def describe_environment() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
+        "processes": world(),
         "threads": torch.get_num_threads(),
         "device": "cpu",
         **{name: version(name) for name in packages},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,15 @@ from marble.balance.method import Method
 from marble.config import Config, check_names
 from marble.errors import MarbleError
 from marble.gradients import PerRewardGradients
+from marble.memory import GIB, free_bytes, full_training_bytes
 from marble.policy import Policy, model_path
 from marble.prompts import PromptMixture, Record, load_source
 from marble.rewards import Reward, load_rewards
 from marble.rules import split_by_share
 from marble.seeds import derive
 from marble.update import Updater
+
+log = logging.getLogger("marble")
 
 
 @dataclass
@@ -109,11 +113,7 @@ def assemble(config: Config) -> Parts:
     rewards = load_rewards([term.reward for term in config.rewards] + config.held_out_rewards)
     count = len(config.rewards)
     sources = [(load_source(source.source, "train"), source.share) for source in config.prompts]
-    policy = Policy.from_pretrained(config.model.id, call=config.model.call)
-    lora = config.model.lora
-    policy.add_adapters(
-        rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=derive(config.seed, "lora") % 2**32
-    )
+    policy = _policy(config)
     return Parts(
         policy=policy,
         prompts=PromptMixture(
@@ -127,3 +127,51 @@ def assemble(config: Config) -> Parts:
         held_out_prompts=held_out_prompts(config),
         weights=torch.tensor([term.weight for term in config.rewards], dtype=torch.float64),
     )
+
+
+def _policy(config: Config) -> Policy:
+    """The model, watched, with its trained weights."""
+    model = config.model
+    policy = Policy.from_pretrained(
+        model.id,
+        call=model.call,
+        device=model.device,
+        dtype="float32" if model.train == "full" else model.dtype,
+        revision=model.revision,
+        variant=model.variant,
+        quantize=model.quantize,
+        merge=model.merge,
+        trust_remote_code=model.trust_remote_code,
+        checkpointing=model.checkpointing,
+        vae_tiling=model.vae_tiling,
+        vae_slicing=model.vae_slicing,
+        offload=model.offload,
+    )
+    if model.train == "full":
+        _check_room(policy, config)
+        policy.train_whole(model.dtype)
+    else:
+        lora, seed = model.lora, derive(config.seed, "lora") % 2**32
+        policy.add_adapters(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed, start=lora.start)
+    policy.learn(guidance=config.rollout.guidance, scheduler=config.rollout.scheduler)
+    return policy
+
+
+def _check_room(policy: Policy, config: Config) -> None:
+    """Say what full fine-tuning will take, and refuse what cannot fit."""
+    count = sum(p.numel() for p in policy.denoiser.parameters())
+    adam = 8 if config.optimizer.name == "adamw" else 2
+    parts = full_training_bytes(count, len(config.rewards), adam_bytes=adam)
+    needed, free = sum(parts.values()) - parts["weights"], free_bytes(policy.device)
+    table = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    log.warning(
+        "full fine-tuning of %.1f million parameters takes %.2f GiB besides activations (%s)",
+        count / 1e6,
+        (needed + parts["weights"]) / GIB,
+        table,
+    )
+    if needed > free:
+        raise MarbleError(
+            f"model.train: full fine-tuning of {count / 1e6:.1f} million parameters needs {needed / GIB:.1f} GiB more "
+            f"on {policy.device}, where {free / GIB:.1f} GiB are free ({table}); use model.train: lora"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import replace
@@ -15,10 +16,15 @@ from marble.balance.signals import Signals
 from marble.config import Config
 from marble.diagnose import reward_cosines, worst_cosines
 from marble.distributed import active, sum_gradients, total
+from marble.errors import MarbleError
+from marble.gradients.rows import Rows
+from marble.memory import forget, is_out_of_memory
 from marble.objectives.affine import AffineLoss
 from marble.objectives.visit import Visits, visit_loss
 from marble.rollout import Rollout
 from marble.setup import Parts
+
+log = logging.getLogger("marble")
 
 
 def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals, plan: list[Visits]) -> dict[str, Any]:
@@ -36,13 +42,11 @@ def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals
     """
     began = time.perf_counter()
     update = _Update(config, parts, signals, plan)
-    for number, visits in enumerate(plan):
-        update.visit(rollout, visits, exact=number < update.exact)
-        if number + 1 == update.exact:
-            update.solve()
-    if not plan and update.rows is not None:  # other processes have visits, and wait for this one
+    update.gather(rollout, plan[: update.exact], exact=True)
+    if update.rows is not None:  # even if this process has no visits: others may, and wait for it
         update.solve()
-    metrics = update.finish([term.reward for term in config.rewards])
+    update.gather(rollout, plan[update.exact :], exact=False)
+    metrics = update.finish()
     return metrics | {"update_seconds": time.perf_counter() - began}
 
 
@@ -55,6 +59,7 @@ class _Update:
     """
 
     def __init__(self, config: Config, parts: Parts, signals: Signals, plan: list[Visits]) -> None:
+        self.names = [term.reward for term in config.rewards]
         self.kl_weight, self.objective, self.signals = config.objective.kl, config.objective, signals
         self.policy, self.method, self.engine, self.updater = parts.policy, parts.method, parts.engine, parts.updater
         self.visits = total(sum(map(len, plan)))
@@ -78,9 +83,54 @@ class _Update:
                 others = [signals.weighted_sum[:, None]]
                 others += [] if self.advantages is signals.per_reward else [self.advantages]
                 self.for_slope = torch.cat([self.for_slope, *others], dim=1)
-            self.rows = self.engine.rows(self.for_slope.shape[1], self.for_const.shape[1])
+            self.rows = self._no_rows()
+        self.engine.scale = self.updater.scale
+        self.broken = ""  # whose gradients are not finite, if any are
         self.loss = self.kl = 0.0
         self.metrics: dict[str, Any] = {}
+
+    def _no_rows(self) -> Rows:
+        return self.engine.rows(self.for_slope.shape[1], self.for_const.shape[1])
+
+    def gather(self, rollout: Rollout, plan: list[Visits], *, exact: bool) -> None:
+        """Take in micro-batches; if memory does not suffice, all of them anew in halves.
+
+        The halves are the same images at the same steps with the same noise: the sums are the same up to the order
+        of summation.
+
+        Raises:
+            MarbleError: memory does not suffice for one image.
+        """
+        before = self.loss, self.kl, [None if p.grad is None else p.grad.clone() for p in self.policy.parameters]
+        while True:
+            if self.updater.most is not None:
+                plan = [part for visits in plan for part in visits.split(self.updater.most)]
+            try:
+                for visits in plan:
+                    self.visit(rollout, visits, exact=exact)
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                largest = max(map(len, plan))
+                if largest == 1:
+                    raise MarbleError(
+                        "out of memory with one image in a forward and backward pass: use model.checkpointing, "
+                        "model.dtype, model.quantize, a lower lora.rank, or smaller images (model.call)"
+                    ) from error
+            forget(self.policy.device)  # out here the error no longer holds on to its tensors
+            self.updater.most = (largest + 1) // 2
+            log.warning(
+                "out of memory with %d images in a forward and backward pass; going on with at most %d, which changes "
+                "no result (optimizer.micro_batch)",
+                largest,
+                self.updater.most,
+            )
+            self.loss, self.kl, gradients = before
+            for parameter, gradient in zip(self.policy.parameters, gradients, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            if exact:
+                self.rows = self._no_rows()
 
     def visit(self, rollout: Rollout, visits: Visits, *, exact: bool) -> None:
         """Take in one micro-batch."""
@@ -92,7 +142,7 @@ class _Update:
                 slopes = weight * loss.effective(self.for_slope[chosen].to(loss.slope))
                 consts = weight * self.for_const[chosen].to(slopes)
                 if kl is not None and self.apart:
-                    (self.kl_weight * weight * kl.sum()).backward(retain_graph=True)
+                    (self.updater.scale * self.kl_weight * weight * kl.sum()).backward(retain_graph=True)
                 elif kl is not None:
                     loss = replace(loss, const=loss.const + self.kl_weight * kl)
                 assert self.rows is not None
@@ -101,7 +151,7 @@ class _Update:
         loss, kl = visit_loss(self.policy, rollout, visits, self.objective)
         each = self._note(loss, kl, chosen, weight)
         each = each if kl is None else each + self.kl_weight * kl
-        (weight * each.sum()).backward()
+        (self.updater.scale * weight * each.sum()).backward()
 
     def _note(self, loss: AffineLoss, kl: Tensor | None, chosen: Tensor, weight: float) -> Tensor:
         """The mixed loss `[M]`, which is also what is logged."""
@@ -119,6 +169,10 @@ class _Update:
         if active():
             self.rows.sum_over_processes()
         gram = self.rows.gram()
+        if not gram.isfinite().all():
+            self.broken = self._blame(gram)
+            if self.updater.scale > 1:
+                return
         own = torch.cat([torch.arange(self.rewards), torch.arange(self.for_slope.shape[1], len(gram))])
         parts = torch.zeros(len(self.signals.signal) + 1, len(gram), dtype=torch.float64)
         parts[:, own] = self.method.parts()
@@ -144,14 +198,24 @@ class _Update:
             if self.metrics:
                 self.metrics["reward_cosines"] = reward_cosines(products(parts[:-1], gram)).tolist()
 
-    def finish(self, names: list[str]) -> dict[str, Any]:
+    def _blame(self, gram: Tensor) -> str:
+        """Whose gradients are not finite."""
+        bad = [name for k, name in enumerate(self.names) if not gram[k, k].isfinite()]
+        return f"that of {', '.join(bad) or 'the advantage-free part'}"
+
+    def finish(self) -> dict[str, Any]:
         """Step, and say how it went."""
+        if self.broken and self.updater.scale > 1:
+            self.updater.back_off(self.broken)
+            return {"update": self.updater.updates, "skipped": self.broken, "scale": self.updater.scale}
         direction = None
         if self.rows is not None and self.mixture is not None:
             direction = self.rows.mix(self.mixture)
         if not self.complete:
             sum_gradients(self.policy.parameters)
-        norm = self.updater.apply(direction)
+        norm = self.updater.apply(direction, self.broken)
+        if math.isnan(norm):
+            return {"update": self.updater.updates, "skipped": "the gradient as a whole", "scale": self.updater.scale}
         metrics: dict[str, Any] = {
             "update": self.updater.updates,
             "loss": total(self.loss),
@@ -166,7 +230,7 @@ class _Update:
             metrics["refreshed"] = self.due
             if self.due and balancer.missing.any():
                 out = balancer.missing.nonzero().flatten().tolist()
-                metrics["left_out"] = {names[k]: int(balancer.left_out[k]) for k in out}
+                metrics["left_out"] = {self.names[k]: int(balancer.left_out[k]) for k in out}
         if self.method.controller is not None and balancer is not None:
             metrics["progress"] = self.method.controller.progress.tolist()
             metrics["priorities"] = balancer.priorities.tolist()

@@ -99,12 +99,14 @@ def rollout(policy):
 
 def at_visits(policy, rollout, visits):
     """The visited clean latents, noise levels and the three adapters' predictions, anew."""
-    sigma = rollout.samples.sigmas[visits.steps]
+    levels = rollout.samples.levels[visits.steps]
+    sigma = levels.sigmas
     seeded = [torch.Generator().manual_seed(seed) for seed in visits.noise_seeds]
     x0 = rollout.x0[visits.images]
     noise = torch.stack([torch.randn(x0.shape[1:], generator=each) for each in seeded])
     x_t = (1 - sigma.view(-1, 1, 1, 1)) * x0 + sigma.view(-1, 1, 1, 1) * noise
-    at = (x_t, sigma, sigma * 1000, rollout.samples.conditioning[visits.images])
+    torch.testing.assert_close(levels.timesteps, sigma * 1000)
+    at = (x_t, levels, rollout.samples.conditioning[visits.images])
     with torch.no_grad():
         return x0, sigma, *(policy.predict(*at, adapter=adapter) for adapter in ("default", "old", None))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from marble.config import SD3_LORA_TARGETS
+from marble.policy.weights import ATTENTION
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -54,7 +54,7 @@ def _sd3(width: int, layers: int, dual: int, side: int, tokens: int, text: int, 
             "pooled_projections": torch.randn(count, 2048),
         }
 
-    return Shape(about, build, (16, side, side), inputs, "hidden_states", SD3_LORA_TARGETS, batch)
+    return Shape(about, build, (16, side, side), inputs, "hidden_states", list(ATTENTION), batch)
 
 
 def _unet(channels: tuple[int, ...], depth: tuple[int, ...], head: int, text: int, side: int, about: str) -> Shape:

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "fine-tune the embedded model on five rewards and write the report: minutes on a laptop",
     "train": "fine-tune a model from a config",
     "generate": "make images, with or without a LoRA",
+    "push": "publish a run's LoRA on the Hugging Face hub, with a model card",
     "report": "make a run's report again",
     "validate": "check a config without running it",
     "list": "show the models, rewards, methods, objectives or prompt sources there are",

@@ -22,9 +22,12 @@ def run(argv: list[str]) -> int:
         print(USAGE)
         return 0
     from marble.cli.settings import override
+    from marble.distributed import decide, leave, together
     from marble.run import free_folder
 
-    options, rest = take_options(argv)
-    config = make_config(override(read_config(demo_config_path()), rest))
-    out = Path(options["out"]) if "out" in options else free_folder(Path("runs/demo"))
-    return start(config, out, as_json="json" in options)
+    with together() as several:
+        options, rest = take_options(argv)
+        config = make_config(override(read_config(demo_config_path()), rest))
+        out = Path(options.get("out") or decide(lambda: str(free_folder(Path("runs/demo")))))
+        code = start(config, out, as_json="json" in options)
+    return leave(code) if several else code

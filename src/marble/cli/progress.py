@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import warnings
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,26 @@ from marble.config import Config
 
 _PLAIN_EVERY = 10
 """Updates between two lines where there is no terminal to redraw."""
+
+
+class Silence:
+    """What every process but the main one shows. Its first Ctrl-C is left to the main process, the second ends it."""
+
+    def __enter__(self) -> Silence:
+        self._previous, self._asked = signal.signal(signal.SIGINT, self._on_interrupt), False
+        self._caught = warnings.catch_warnings()
+        self._caught.__enter__()
+        warnings.simplefilter("ignore")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._caught.__exit__(None, None, None)
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
 
 
 class ProgressDisplay:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from marble.config import Config, demo_config_path, make_config, read_config
 from marble.errors import MarbleError
+
+if TYPE_CHECKING:
+    from marble.run import Run
 
 USAGE = """usage: marble train [CONFIG] [--out DIR] [--resume RUN] [--json] [--section.setting VALUE …]
 
@@ -20,6 +24,7 @@ Fine-tune a model on several rewards at once.
 
 examples: marble train my.yaml --out runs/mine --optimizer.lr 1e-4 --rewards.1.weight 2
           marble train --resume runs/mine
+          torchrun --nproc_per_node 8 -m marble train my.yaml      (a process a GPU: docs/distributed.md)
 
 settings (N: number of the item in a list):
 """
@@ -32,6 +37,14 @@ def run(argv: list[str]) -> int:
 
         print(USAGE + describe_settings())
         return 0
+    from marble.distributed import leave, together
+
+    with together() as several:
+        code = _run(argv)
+    return leave(code) if several else code
+
+
+def _run(argv: list[str]) -> int:
     from marble.cli.settings import override
 
     options, rest = take_options(argv)
@@ -48,29 +61,38 @@ def run(argv: list[str]) -> int:
 
 def start(config: Config, out: Path, *, as_json: bool = False) -> int:
     """Check, then run a new run and say where everything lies."""
+    from marble.distributed import decide
     from marble.run import check_output
 
-    check_output(out)
+    decide(lambda: check_output(out))
     return _go(config, out, resume=False, as_json=as_json)
 
 
 def resume(path: Path, *, as_json: bool = False) -> int:
     """Go on with an existing run."""
+    from marble.distributed import decide
     from marble.run import Run
 
-    old = Run(path)
-    if "after" in old.evaluation():
-        raise MarbleError(f'"{path}" is finished; start a new run with --out, or look at {path / "report.html"}')
-    return _go(old.config, path, resume=True, as_json=as_json)
+    def settings() -> dict[str, Any]:
+        old = Run(path)
+        if "after" in old.evaluation():
+            raise MarbleError(f'"{path}" is finished; start a new run with --out, or look at {path / "report.html"}')
+        return old.config.model_dump(mode="json")
+
+    return _go(make_config(decide(settings)), path, resume=True, as_json=as_json)
 
 
 def _go(config: Config, out: Path, *, resume: bool, as_json: bool) -> int:
-    from marble.cli.progress import ProgressDisplay
-    from marble.report import write_report
+    from marble.cli.progress import ProgressDisplay, Silence
+    from marble.distributed import decide, is_main
     from marble.setup import check_config
     from marble.training import train
 
     check_config(config)
+    if not is_main():
+        with Silence():
+            train(config, out, resume=resume)
+            return decide(int)
     try:
         with ProgressDisplay(config) as display:
             result = train(config, out, resume=resume, watch=display)
@@ -78,6 +100,13 @@ def _go(config: Config, out: Path, *, resume: bool, as_json: bool) -> int:
         if (out / "config.yaml").is_file():
             print(f"broken off; go on from the last checkpoint with: {_command()} train --resume {out}")
         raise
+    return decide(lambda: _tell(result, out, as_json))
+
+
+def _tell(result: Run, out: Path, as_json: bool) -> int:
+    """Write the report, and say what was gained and where everything lies."""
+    from marble.report import write_report
+
     report = write_report(result)
     evaluation = result.evaluation()
     if as_json:
@@ -92,6 +121,10 @@ def _go(config: Config, out: Path, *, resume: bool, as_json: bool) -> int:
 
 def _command() -> str:
     """How this program was called, for the user to call it again."""
+    from marble.distributed import active
+
+    if active():
+        return "torchrun … -m marble"
     own = Path(sys.argv[0])
     return f"{sys.executable} -m marble" if own.name == "__main__.py" else str(own)
 

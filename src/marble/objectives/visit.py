@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from marble.config import Objective
+from marble.noise import NoiseLevels
 from marble.objectives.affine import AffineLoss
 from marble.objectives.awm import awm_loss
 from marble.objectives.nft import nft_loss
@@ -27,6 +28,13 @@ class Visits:
     def __len__(self) -> int:
         return len(self.images)
 
+    def split(self, most: int) -> list[Visits]:
+        """The same visits in parts of at most `most`."""
+        return [
+            Visits(self.images[at : at + most], self.steps[at : at + most], self.noise_seeds[at : at + most])
+            for at in range(0, len(self), most)
+        ]
+
 
 def plan_epoch(
     count: int,
@@ -38,6 +46,7 @@ def plan_epoch(
     seed: int,
     epoch: int,
     own: range | None = None,
+    tables: Tensor | None = None,
 ) -> list[list[Visits]]:
     """Spread an epoch's visits over its updates.
 
@@ -54,6 +63,7 @@ def plan_epoch(
         epoch: which epoch.
         own: which of the N images this process holds; all, if not given. The plans of all processes together are
             the plan of one.
+        tables: `[len(own)]`, images of different numbers cannot be in one micro-batch (`Conditioning.table_of`).
 
     Returns:
         Micro-batches for each update; `images` counts from `own.start`.
@@ -67,42 +77,50 @@ def plan_epoch(
     for part in torch.arange(len(images)).tensor_split(updates):
         mine = part[(images[part] >= own.start) & (images[part] < own.stop)]
         plan.append([])
-        for chosen in mine.split(micro_batch) if len(mine) else ():  # of nothing, `split` makes one empty part
+        for chosen in _split(mine, micro_batch, None if tables is None else tables[images[mine] - own.start]):
             at = zip(images[chosen].tolist(), passes[chosen].tolist(), strict=True)
             seeds = tuple(derive(seed, "noise", epoch, image, p) for image, p in at)
             plan[-1].append(Visits(images[chosen] - own.start, steps[chosen], seeds))
     return plan
 
 
+def _split(visits: Tensor, most: int, tables: Tensor | None) -> list[Tensor]:
+    """In order, in parts of at most `most`, and of one table each."""
+    if tables is None:
+        return list(visits.split(most)) if len(visits) else []  # of nothing, `split` makes one empty part
+    return [part for table in tables.unique() for part in visits[tables == table].split(most)]
+
+
 def visit_loss(
     policy: Policy, rollout: Rollout, visits: Visits, settings: Objective
 ) -> tuple[AffineLoss, Tensor | None]:
-    """Noise the visited images afresh and take the loss there.
+    """Noise the visited images afresh and take the loss there, on the clean latents that the outputs stand for.
 
     Returns:
-        The affine loss `[M]`, and `mean (v_theta − v_ref)²` `[M]` of every visit, None if its weight is 0.
+        The affine loss `[M]` (for `nft`, times `NoiseLevels.weights`: 1 for flow models), and `mean (v_theta − v_ref)²` `[M]` of every visit, None if its weight is 0.
     """
     samples = rollout.samples
-    x0, sigma = samples.x0[visits.images], samples.sigmas[visits.steps]
+    x0, levels = samples.x0[visits.images.to(samples.x0.device)], samples.levels[visits.steps]
     noise = torch.stack([torch.randn(x0.shape[1:], generator=_seeded(seed)) for seed in visits.noise_seeds]).to(x0)
-    x_t = policy.noised(x0, noise, sigma)
-    at = (x_t, sigma, samples.timesteps[visits.steps], samples.conditioning[visits.images].expanded())
+    at = (levels.noised(x0, noise), levels, samples.conditioning[visits.images].expanded())
     with torch.no_grad():
         old = policy.predict(*at, adapter="old")
         reference = policy.predict(*at, adapter=None) if settings.kl else None
     theta = policy.predict(*at, adapter="default")
-    loss = _loss(x0, theta, old, sigma, settings)
+    loss = _loss(x0, theta, old, levels, settings)
     if reference is None:
         return loss, None
     return loss, (theta.output - reference.output).square().flatten(1).mean(dim=1)
 
 
-def _loss(x0: Tensor, theta: Prediction, old: Prediction, sigma: Tensor, settings: Objective) -> AffineLoss:
+def _loss(x0: Tensor, theta: Prediction, old: Prediction, levels: NoiseLevels, settings: Objective) -> AffineLoss:
     if settings.name == "awm":
-        weight = sigma.to(x0) ** -2  # the velocity's error is that of the clean prediction over sigma
+        weight = levels.gains.to(x0) ** -2  # errors of the network's own output: a velocity's, a noise's
         clip, pull, amax = settings.clip, settings.pull, settings.amax
         return awm_loss(x0, theta.x0, old.x0, clip=clip, pull=pull, amax=amax, weight=weight)
-    return nft_loss(x0, theta.x0, old.x0, beta=settings.beta, amax=settings.amax)
+    loss = nft_loss(x0, theta.x0, old.x0, beta=settings.beta, amax=settings.amax)
+    weight = levels.weights.to(x0)
+    return replace(loss, const=weight * loss.const, slope=weight * loss.slope)
 
 
 def _seeded(seed: int) -> torch.Generator:

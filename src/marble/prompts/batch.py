@@ -15,11 +15,12 @@ from marble.seeds import derive, generator
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """The prompts of one epoch: `N = len(prompts) · group_size` images."""
+    """The prompts of one epoch, or one process's share of them: `N = len(prompts) · group_size` images."""
 
     prompts: list[Record]  # one a group
     group_size: int  # G
     seeds: list[int]  # [N], one an image, groups one after the other
+    start: int = 0  # of the first image among those of the whole epoch
 
     @property
     def records(self) -> list[Record]:
@@ -30,6 +31,18 @@ class PromptBatch:
     def group_ids(self) -> Tensor:
         """`[N]` int64: which prompt each image belongs to."""
         return torch.arange(len(self.prompts)).repeat_interleave(self.group_size)
+
+    @property
+    def images(self) -> range:
+        """Which of the whole epoch's images these are."""
+        return range(self.start, self.start + len(self.seeds))
+
+    def part(self, own: range) -> PromptBatch:
+        """Some of the prompts, one after the other, with all images of each."""
+        images = slice(own.start * self.group_size, own.stop * self.group_size)
+        return PromptBatch(
+            self.prompts[own.start : own.stop], self.group_size, self.seeds[images], self.start + images.start
+        )
 
 
 class PromptMixture:

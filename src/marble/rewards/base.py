@@ -23,6 +23,8 @@ class Reward:
     name: str
     groupwise: bool = False
     """Whether `score` judges the images of one prompt together (it is then called once a group)."""
+    judges_videos: bool = False
+    """Whether videos come whole, `[N, F, 3, H, W]`; otherwise their frames do, as pictures, and the mean counts."""
     wants_floats: bool = False
     """Images come as uint8 so that local and remote scores agree; set this to get floats in [0, 1]."""
     revision: str = ""
@@ -38,7 +40,8 @@ class Reward:
         """Judge pictures.
 
         Args:
-            images: `[N, 3, H, W]`, uint8 (or float in [0, 1], see `wants_floats`).
+            images: `[N, 3, H, W]`, uint8 (or float in [0, 1], see `wants_floats`); `[N, F, 3, H, W]` are videos (see
+                `judges_videos`).
             records: `[N]`, the prompts they were made from; all apply.
 
         Returns:
@@ -79,15 +82,22 @@ def load_rewards(names: Sequence[str]) -> list[Reward]:
 
 
 def score_images(
-    rewards: Sequence[Reward], images: Tensor, records: Sequence[Record], group_ids: Tensor
+    rewards: Sequence[Reward],
+    images: Tensor,
+    records: Sequence[Record],
+    group_ids: Tensor,
+    *,
+    frames: int | None = None,
 ) -> RewardTable:
     """Score a batch by every reward, each on the images it can judge.
 
     Args:
         rewards: K rewards.
-        images: `[N, 3, H, W]` float in [0, 1]; rounded to uint8 for rewards that do not ask for floats.
+        images: `[N, 3, H, W]` float in [0, 1], or videos `[N, F, 3, H, W]`; rounded to uint8 for rewards that do not
+            ask for floats.
         records: `[N]`, the image's prompt.
         group_ids: `[N]` int64, images of one prompt share a number.
+        frames: how many frames of a video, evenly spaced, a reward for images judges; all, if not given.
 
     Returns:
         The table, on the CPU; a score that is not finite counts as missing.
@@ -106,12 +116,23 @@ def score_images(
         for part in parts:
             chosen = part.nonzero().flatten()
             if len(chosen):
-                result = torch.as_tensor(reward.score(pictures[chosen], [records[i] for i in chosen.tolist()]))
-                if result.shape != (len(chosen),):
-                    raise MarbleError(
-                        f"reward {reward.name}: score() must return one number an image, [{len(chosen)}], "
-                        f"got shape {list(result.shape)}"
-                    )
-                result = result.detach().to("cpu", torch.float64)
-                scores[chosen, k] = torch.where(result.isfinite(), result, torch.nan)
+                some = [records[i] for i in chosen.tolist()]
+                scores[chosen, k] = _score(reward, pictures[chosen], some, frames)
     return RewardTable([reward.name for reward in rewards], scores, ~scores.isnan())
+
+
+def _score(reward: Reward, pictures: Tensor, records: list[Record], frames: int | None) -> Tensor:
+    """`[N]` float64 scores of pictures or videos, NaN for those that are not finite."""
+    if pictures.ndim == 5 and not getattr(reward, "judges_videos", False):
+        if frames is not None and frames < pictures.shape[1]:
+            pictures = pictures[:, torch.linspace(0, pictures.shape[1] - 1, frames).round().long()]
+        each = [_score(reward, frame, records, None) for frame in pictures.unbind(1)]  # groups of one moment each
+        return torch.stack(each).nanmean(dim=0)
+    result = torch.as_tensor(reward.score(pictures, records))
+    if result.shape != (len(pictures),):
+        raise MarbleError(
+            f"reward {reward.name}: score() must return one number an image, [{len(pictures)}], "
+            f"got shape {list(result.shape)}"
+        )
+    result = result.detach().to("cpu", torch.float64)
+    return torch.where(result.isfinite(), result, torch.nan)

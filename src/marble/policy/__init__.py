@@ -1,0 +1,10 @@
+"""A Diffusers pipeline as a policy: sample with a set of weights, and predict clean latents along the way."""
+
+from __future__ import annotations
+
+from marble.policy.loading import model_path
+from marble.policy.policy import Policy, Prediction
+from marble.policy.sampling import Samples
+from marble.policy.weights import ADAPTERS
+
+__all__ = ["ADAPTERS", "Policy", "Prediction", "Samples", "model_path"]

@@ -1,0 +1,240 @@
+"""Loads a pipeline in the way that fits the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marble.errors import MarbleError
+from marble.policy.weights import load_lora
+from marble.registry import known, resolve
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def model_path(id_or_path: str) -> str:
+    """Where a model lies: a registered name is looked up, anything else is returned as it is.
+
+    Raises:
+        MarbleError: it looks like a folder and is not there or not a pipeline.
+    """
+    if id_or_path in known("model"):
+        return str(resolve("model", id_or_path)())
+    path = Path(id_or_path)
+    if path.exists():
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise MarbleError(f'model "{id_or_path}" is not a Diffusers pipeline: it has no model_index.json')
+        if '"_class_name"' not in index.read_text(encoding="utf-8", errors="replace"):
+            raise MarbleError(f'model "{id_or_path}" is not a Diffusers pipeline: its model_index.json names no class')
+    elif id_or_path.startswith((".", "/", "~")) or id_or_path.count("/") != 1:
+        names = ", ".join(known("model"))
+        raise MarbleError(
+            f'model "{id_or_path}" does not exist: neither a folder, a hub id (owner/name), nor one of {names}'
+        )
+    return id_or_path
+
+
+def find_device(device: str) -> torch.device:
+    """`auto` is this process's own GPU, Apple's, or the CPU; anything else is taken at its word.
+
+    Raises:
+        MarbleError: no such device here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        else:
+            device = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise MarbleError(f'model.device: "{device}" cannot be used here: {reason}') from error
+    return found
+
+
+def load_pipeline(
+    id_or_path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    quantize: str | None = None,
+    merge: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a pipeline into the CPU's memory (a quantised one where its library puts it).
+
+    Args:
+        id_or_path: hub id, folder, or a registered model's name.
+        dtype: of all weights.
+        revision: branch, tag or commit on the hub.
+        variant: of the files, `fp16` say.
+        quantize: `8bit` or `4bit` for the denoiser's frozen weights and the text encoders', by bitsandbytes.
+        merge: LoRA to add to the weights for good, one after the other.
+        trust_remote_code: let the model's own code run.
+
+    Raises:
+        MarbleError: it cannot be had, says why and what to do.
+    """
+    from diffusers import DiffusionPipeline
+
+    path = model_path(id_or_path)
+    _no_progress_bars()
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant}
+    if trust_remote_code:
+        options["trust_remote_code"] = True
+    if quantize:
+        options["quantization_config"] = _quantization(path, quantize, dtype)
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, **options)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, ImportError) as error:
+        raise MarbleError(f'model "{id_or_path}" could not be loaded: {_reason(error, id_or_path)}') from error
+    for source in merge:
+        load_lora(pipe, source, "model.merge")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    return pipe
+
+
+def place(pipe: Any, part: str, device: torch.device, *, offload: str | None = None) -> None:
+    """Move a pipeline to its device.
+
+    Args:
+        pipe: the pipeline.
+        part: its denoiser, which stays there.
+        device: where to.
+        offload: `text` keeps the text encoders in the CPU's memory but while they are at work, `all` the VAE too.
+    """
+    from accelerate import cpu_offload_with_hook
+
+    modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
+    away = {} if offload is None else {n: m for n, m in modules.items() if _is_offloaded(n, part, offload)}
+    hooks = []
+    for name, module in modules.items():
+        if name in away:
+            hooks.append(cpu_offload_with_hook(module, device)[1])
+        elif not _is_quantized(module):
+            module.to(device)
+
+    def send_away(*_: object) -> None:
+        for hook in hooks:
+            hook.offload()
+
+    if hooks:
+        getattr(pipe, part).register_forward_pre_hook(send_away)
+
+
+def save_memory(
+    pipe: Any, part: str, *, checkpointing: bool = False, vae_tiling: bool = False, vae_slicing: bool = False
+) -> None:
+    """Trade time for memory.
+
+    Args:
+        pipe: the pipeline.
+        part: its denoiser.
+        checkpointing: the denoiser forgets activations and makes them again on the way back.
+        vae_tiling: images are decoded in tiles; seams may differ a little.
+        vae_slicing: images are decoded one by one.
+
+    Raises:
+        MarbleError: the model cannot.
+    """
+    if checkpointing:
+        denoiser = getattr(pipe, part)
+        if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+            raise MarbleError(f"model.checkpointing: {type(denoiser).__name__} does not support it; leave it out")
+        denoiser.enable_gradient_checkpointing()
+    for field, wanted, method in (
+        ("vae_tiling", vae_tiling, "enable_tiling"),
+        ("vae_slicing", vae_slicing, "enable_slicing"),
+    ):
+        if wanted:
+            vae = getattr(pipe, "vae", None)
+            if not hasattr(vae, method):
+                raise MarbleError(f"model.{field}: {type(vae).__name__} does not support it; leave it out")
+            getattr(vae, method)()
+
+
+def denoiser_of(pipe: Any) -> str:
+    """The name of the component that denoises.
+
+    Raises:
+        MarbleError: there is none, or there are two.
+    """
+    name = type(pipe).__name__
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise MarbleError(f"{name} denoises with two networks (transformer and transformer_2); one can be trained")
+    for part in ("transformer", "unet"):
+        if getattr(pipe, part, None) is not None:
+            if not hasattr(pipe, "scheduler"):
+                raise MarbleError(f"{name} has no scheduler")
+            return part
+    parts = ", ".join(n for n, m in pipe.components.items() if isinstance(m, torch.nn.Module))
+    raise MarbleError(f"{name} has neither a transformer nor a unet to train; it has {parts}")
+
+
+def _is_offloaded(name: str, part: str, offload: str) -> bool:
+    return name != part and (name.startswith("text_encoder") or offload == "all")
+
+
+def _is_quantized(module: torch.nn.Module) -> bool:
+    return bool(getattr(module, "is_quantized", False) or getattr(module, "is_loaded_in_8bit", False))
+
+
+def _quantization(path: str, bits: str, dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MarbleError(f'model.quantize: {bits} needs bitsandbytes: pip install "marble-diffusion[quantize]"')
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+
+    kind = "bitsandbytes_4bit" if bits == "4bit" else "bitsandbytes_8bit"
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if bits == "4bit":
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    parts = [
+        name
+        for name in DiffusionPipeline.load_config(path)
+        if name in ("transformer", "unet", "text_encoder_2", "text_encoder_3")
+    ]
+    return PipelineQuantizationConfig(quant_backend=kind, quant_kwargs=settings, components_to_quantize=parts)
+
+
+def _reason(error: Exception, name: str) -> str:
+    """One line on why a model cannot be loaded, with what to do about it."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    chain: list[BaseException] = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    if any(isinstance(e, GatedRepoError) for e in chain):
+        return (
+            f"its licence must be accepted first: open https://huggingface.co/{name}, accept it, and log in with "
+            "`hf auth login` (or set HF_TOKEN)"
+        )
+    if any(isinstance(e, RepositoryNotFoundError) for e in chain):
+        return "there is no such model on the hub, or it is private: check the name, or log in with `hf auth login`"
+    text = str(error).strip()
+    offline = any(isinstance(e, (LocalEntryNotFoundError, ConnectionError)) for e in chain)
+    if offline or "connect" in text.lower() or "offline" in text.lower():
+        return (
+            "the hub cannot be reached, and the model is not in the cache: check the network, or download it where "
+            f"there is one (`hf download {name} --local-dir FOLDER`) and give the folder as model.id"
+        )
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _no_progress_bars() -> None:
+    """Loading a pipeline draws a bar per part; downloads keep theirs."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

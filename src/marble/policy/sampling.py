@@ -1,0 +1,191 @@
+"""Calls of a pipeline, sized to the memory there is: which prompts and images go into each, and what comes out."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from marble.errors import MarbleError, nearest
+from marble.memory import forget, is_out_of_memory
+from marble.noise import NoiseLevels
+from marble.watch import Conditioning
+
+GUIDANCE_OFFSET = {
+    "ZImagePipeline": -1.0,  # adds scale · (conditional − unconditional) to the conditional: none is 0, not 1
+    "Krea2Pipeline": -1.0,  # the same
+}
+"""Pipelines whose guidance scale counts otherwise, and what to add to the usual one."""
+
+log = logging.getLogger("marble")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Finished images and all that is needed to train on them."""
+
+    x0: Tensor  # [N, …] clean latents, float32
+    images: Tensor  # [N, 3, H, W] float in [0, 1], on the CPU; [N, F, 3, H, W] frames of a video
+    conditioning: Conditioning
+    levels: NoiseLevels  # of the sampler's T steps, falling
+
+
+@dataclass(frozen=True)
+class Job:
+    """Images of one call: `each` of prompts `start` to `stop`, from the `first` of each prompt's on."""
+
+    start: int
+    stop: int
+    first: int
+    each: int
+
+    def halves(self) -> list[Job]:
+        """Two calls that make the same images in the same order."""
+        if self.stop - self.start > 1:
+            middle = (self.start + self.stop) // 2
+            return [
+                Job(self.start, middle, self.first, self.each),
+                Job(middle, self.stop, self.first, self.each),
+            ]
+        half = self.each // 2
+        return [
+            Job(self.start, self.stop, self.first, half),
+            Job(self.start, self.stop, self.first + half, self.each - half),
+        ]
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.each
+
+    def seeds(self, seeds: Sequence[int], group: int) -> list[int]:
+        """Of this call's images, among those of all prompts."""
+        return [
+            int(seeds[prompt * group + i])
+            for prompt in range(self.start, self.stop)
+            for i in range(self.first, self.first + self.each)
+        ]
+
+
+def jobs(prompts: int, group: int, batch: int) -> Iterator[Job]:
+    """Whole prompts per call of the pipeline, or, where one group is too large, slices of one prompt's images."""
+    if group <= batch:
+        for start in range(0, prompts, batch // group):
+            yield Job(start, min(start + batch // group, prompts), 0, group)
+        return
+    for prompt in range(prompts):
+        for first in range(0, group, batch):
+            yield Job(prompt, prompt + 1, first, min(batch, group - first))
+
+
+def in_pieces(pending: list[Job], work: Callable[[Job], T], device: torch.device) -> Iterator[T]:
+    """`work` on each job; one for which memory does not suffice, and all after it, in halves.
+
+    Raises:
+        MarbleError: memory does not suffice for one image.
+    """
+    pending, most = list(pending), None
+    while pending:
+        job = pending.pop(0)
+        if most is not None and len(job) > most:
+            pending[:0] = job.halves()
+            continue
+        try:
+            result = work(job)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(job) == 1:
+                raise MarbleError(
+                    "out of memory while making a single image: lower its size (model.call), or use a smaller "
+                    "model.dtype, model.offload, model.vae_tiling or model.quantize"
+                ) from error
+            most = (len(job) + 1) // 2
+            log.warning(
+                "out of memory while making %d images at once; going on with at most %d (rollout.batch)", len(job), most
+            )
+            pending.insert(0, job)
+        else:
+            yield result
+            continue
+        forget(device)  # out here the error no longer holds on to its tensors
+
+
+class Caller:
+    """Calls a pipeline by one set of arguments, whatever its own names for them."""
+
+    def __init__(self, pipe: Any, call: dict[str, Any], part: str) -> None:
+        """For `pipe`; `call` is given to each of its calls.
+
+        Raises:
+            MarbleError: it takes no such argument.
+        """
+        self.pipe, self.call, self.part = pipe, dict(call), part
+        self.repeats_texts = False  # every prompt as often as images are wanted of it
+        self.known = inspect.signature(type(pipe).__call__).parameters
+        for name in self.call:
+            if name not in self.known:
+                raise MarbleError(f"model.call: {type(pipe).__name__} takes no {name}.{nearest(name, self.known)}")
+
+    def __call__(
+        self, prompts: Sequence[str], each: int, steps: int, guidance: float, seeds: Sequence[int], **call: Any
+    ) -> Any:
+        """Run the pipeline for `each` images of every prompt; an image depends on its own seed alone."""
+        several = [name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in self.known]
+        if several and not self.repeats_texts:
+            texts, repeat = list(prompts), {several[0]: each}
+        else:
+            texts, repeat = [text for text in prompts for _ in range(each)], {}
+        return self.run(
+            prompt=texts,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
+            **repeat,
+            **self.guided(guidance),
+            **{**self.call, **call},
+        )
+
+    def guided(self, guidance: float) -> dict[str, Any]:
+        """The arguments that stand for a guidance scale.
+
+        Raises:
+            MarbleError: the pipeline knows no guidance.
+        """
+        embedded = getattr(getattr(self.pipe, self.part).config, "guidance_embeds", False)
+        if "true_cfg_scale" in self.known and not embedded:
+            # QwenImage, FLUX.1-schnell: guidance_scale is for distilled models and without effect on these
+            return {"true_cfg_scale": guidance, "negative_prompt": "" if guidance > 1 else None}
+        if "guidance_scale" in self.known:
+            return {"guidance_scale": guidance + GUIDANCE_OFFSET.get(type(self.pipe).__name__, 0.0)}
+        if guidance != 1:
+            raise MarbleError(f"guidance: {type(self.pipe).__name__} knows none, got {guidance}; use 1")
+        return {}
+
+    def run(self, **call: Any) -> Any:
+        """The pipeline itself.
+
+        Raises:
+            MarbleError: it refuses the arguments.
+        """
+        try:
+            return self.pipe(**call)
+        except (ValueError, TypeError, AssertionError, IndexError) as error:  # how pipelines refuse sizes and lengths
+            raise MarbleError(f"{type(self.pipe).__name__} refuses: {error}") from error
+        except RuntimeError as error:  # those that do not look at sizes before they use them
+            if "size" not in str(error) and "shape" not in str(error):
+                raise
+            sizes = {name: value for name, value in call.items() if name in ("height", "width", "num_frames")}
+            raise MarbleError(f"{type(self.pipe).__name__} cannot make {sizes or 'its own size'}: {error}") from error
+
+
+def images_of(result: Any) -> Tensor:
+    """`[N, 3, H, W]` of a pipeline's answer with `output_type="pt"`, `[N, F, 3, H, W]` if it is a video."""
+    images: Any = getattr(result, "images", None)
+    images = result.frames if images is None else images
+    if not isinstance(images, Tensor):
+        images = torch.stack(list(images))
+    return images.float().cpu()

@@ -1,0 +1,259 @@
+"""The trained weights in their versions: trained, sampling, averaged, and none (the base model's)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from marble.errors import MarbleError
+
+ADAPTERS = ("default", "old", "ema")
+"""The trained version, the one that samples, and the average that is evaluated and exported. None is the base."""
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Endings of the names that Diffusers gives to the linear layers of attention, in every family of models."""
+
+
+PEFT_FILE = "adapter_model.safetensors"
+
+
+class LoRAWeights:
+    """Three equal LoRA on a denoiser, one of them active."""
+
+    def __init__(self, pipe: Any, part: str) -> None:
+        """For the adapters that `pipe`'s component `part` has; see `fresh` and `loaded`."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.pipe, self.part = pipe, part
+        self.denoiser: Any = getattr(pipe, part)
+        self._layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        for name, parameter in self.denoiser.named_parameters():
+            if any(f".{adapter}." in name for adapter in ADAPTERS):
+                parameter.data = parameter.data.float()  # in half precision small steps of the optimiser are lost
+        named = list(self.denoiser.named_parameters())
+        self.slots: dict[str, list[Tensor]] = {a: [p for key, p in named if f".{a}." in key] for a in ADAPTERS}
+        if not self.slots["default"]:
+            raise MarbleError(f"model.lora: nothing of it belongs to the {part}")
+        for name in ADAPTERS[1:]:
+            copy(self.slots["default"], self.slots[name])
+        self.activate("default")
+
+    @classmethod
+    def fresh(
+        cls, pipe: Any, part: str, *, rank: int, alpha: int, targets: Sequence[str] | None, seed: int
+    ) -> LoRAWeights:
+        """Without effect at first.
+
+        Raises:
+            MarbleError: one of `targets` is the ending of no layer's name, or no layer looks like attention.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        denoiser = getattr(pipe, part)
+        settings = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            init_lora_weights="gaussian",
+            target_modules=find_targets(denoiser, part, targets),
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three are what we want
+            torch.manual_seed(seed)
+            for name in ADAPTERS:
+                if hasattr(denoiser, "add_adapter"):
+                    denoiser.add_adapter(settings, adapter_name=name)
+                else:  # models that Diffusers gives no LoRA, such as PixArt's
+                    inject_adapter_in_model(settings, denoiser, adapter_name=name)
+        return cls(pipe, part)
+
+    @classmethod
+    def loaded(cls, pipe: Any, part: str, source: str) -> LoRAWeights:
+        """From a LoRA in any layout that Diffusers reads, to go on from.
+
+        Raises:
+            MarbleError: it cannot be read, or has nothing for the denoiser.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            for name in ADAPTERS:
+                load_lora(pipe, source, "model.lora.start", adapter_name=name)
+        for other, module in pipe.components.items():
+            if other != part and getattr(module, "peft_config", None):
+                raise MarbleError(
+                    f'model.lora.start: "{source}" has weights for the {other} too, which is not trained; merge it '
+                    "with model.merge, or start from its part for the denoiser"
+                )
+        if not getattr(getattr(pipe, part), "peft_config", None):
+            raise MarbleError(f'model.lora.start: "{source}" has no weights for the {part}')
+        return cls(pipe, part)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return self.slots["default"]  # type: ignore[return-value]
+
+    def activate(self, name: str | None) -> None:
+        """Let the denoiser work with one version; None: the base model."""
+        for layer in self._layers:
+            if name is None:
+                layer.enable_adapters(False)
+            elif layer.disable_adapters or layer.active_adapters != [name]:
+                layer.set_adapter([name])
+                layer.enable_adapters(True)
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """The weights of one version by their names in the denoiser, the version's own left out."""
+        from peft.utils import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.denoiser, adapter_name=name)
+
+    def load_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Put `state`'s weights back."""
+        from peft.utils import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.denoiser, state, adapter_name=name)
+        self.activate("default")
+
+    def save(self, folder: Path, name: str) -> Path:
+        """Write one version as `folder/lora/pytorch_lora_weights.safetensors`, the way stock Diffusers reads it."""
+        if not hasattr(self.pipe, "save_lora_weights"):
+            return self._save_for_peft(folder / "lora", name)
+        settings = self.denoiser.peft_config[name].to_dict()
+        layers = {f"{self.part}_lora_layers": self.state(name), f"{self.part}_lora_adapter_metadata": settings}
+        self.pipe.save_lora_weights(folder / "lora", **layers)
+        return folder / "lora"
+
+    def _save_for_peft(self, folder: Path, name: str) -> Path:
+        """Write one version the way stock PEFT reads it (`PeftModel.from_pretrained`)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {f"base_model.model.{key}": value.contiguous() for key, value in self.state(name).items()}
+        save_file(state, folder / PEFT_FILE)
+        self.denoiser.peft_config[name].save_pretrained(folder)
+        return folder
+
+
+class FullWeights:
+    """All of a denoiser's weights, in four versions of which one is in place."""
+
+    def __init__(self, pipe: Any, part: str) -> None:
+        """Copy the base model's weights for the versions."""
+        self.part, self.denoiser = part, getattr(pipe, part)
+        self.denoiser.requires_grad_(True)
+        named = list(self.denoiser.named_parameters())
+        self.names = [name for name, _ in named]
+        self.parameters: list[nn.Parameter] = [p for _, p in named]
+        self._live = [p.data for p in self.parameters]
+        self._base = [p.detach().clone() for p in self.parameters]
+        self.slots: dict[str, list[Tensor]] = {"default": list(self.parameters)}
+        self.slots |= {name: [p.detach().clone() for p in self.parameters] for name in ADAPTERS[1:]}
+
+    def activate(self, name: str | None) -> None:
+        """Put one version in place; None: the base model."""
+        chosen = self._live if name == "default" else self._base if name is None else self.slots[name]
+        for parameter, value in zip(self.parameters, chosen, strict=True):
+            parameter.data = value
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """The weights of one version by name."""
+        chosen = self._live if name == "default" else self.slots[name]
+        return dict(zip(self.names, chosen, strict=True))
+
+    @torch.no_grad()
+    def load_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Put `state`'s weights back."""
+        for key, value in self.state(name).items():
+            value.copy_(state[key])
+
+    def save(self, folder: Path, name: str) -> Path:
+        """Write one version as `folder/PART/`, the way stock Diffusers reads a pipeline's component."""
+        self.activate(name)
+        try:
+            self.denoiser.save_pretrained(folder / self.part)
+        finally:
+            self.activate("default")
+        return folder / self.part
+
+
+Weights = LoRAWeights | FullWeights
+
+
+@torch.no_grad()
+def copy(source: Sequence[Tensor], target: Sequence[Tensor], keep: float = 0.0) -> None:
+    """`target ← keep · target + (1 − keep) · source`."""
+    for old, new in zip(target, source, strict=True):
+        old.lerp_(new.to(old.dtype), 1 - keep)
+
+
+def find_targets(denoiser: nn.Module, part: str, targets: Sequence[str] | None) -> list[str]:
+    """The endings of layers' names that a LoRA goes on: those given, or those of attention.
+
+    Raises:
+        MarbleError: one matches nothing; the message has names that would.
+    """
+    names = [name for name, module in denoiser.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+
+    def matches(ending: str) -> bool:
+        return any(name == ending or name.endswith("." + ending) for name in names)
+
+    if targets is None:
+        found = [ending for ending in ATTENTION if matches(ending)]
+        if not found:
+            raise MarbleError(
+                f"model.lora.targets: no layer of {part} is named like attention ({', '.join(ATTENTION)}); give "
+                f"endings of its linear layers' names, such as {_examples(names)}"
+            )
+        return found
+    idle = [target for target in targets if not matches(target)]
+    if idle:
+        raise MarbleError(
+            f"model.lora.targets: no layer of {part} matches {', '.join(idle)}; its linear layers end in "
+            f"{_examples(names)}"
+        )
+    return list(targets)
+
+
+def load_lora(pipe: Any, source: str, field: str, **options: Any) -> None:
+    """Apply a LoRA in any layout that Diffusers reads.
+
+    Raises:
+        MarbleError: names the field: it is not there, or does not fit the model.
+    """
+    path = Path(source)
+    if path.is_dir() and not list(path.glob("*.safetensors")):
+        raise MarbleError(f'{field}: "{source}" holds no .safetensors file (pytorch_lora_weights.safetensors, say)')
+    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise MarbleError(f'{field}: "{source}" is neither a file, a folder nor a hub id (owner/name)')
+    try:
+        if not hasattr(pipe, "load_lora_weights"):
+            _load_for_peft(pipe, path, **options)
+            return
+        pipe.load_lora_weights(source, use_safetensors=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MarbleError(f'{field}: the LoRA in "{source}" does not fit this model: {reason}') from error
+
+
+def _load_for_peft(pipe: Any, folder: Path, adapter_name: str = "default") -> None:
+    """Apply what stock PEFT reads to a denoiser that Diffusers gives no LoRA."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.utils import set_peft_model_state_dict
+
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), denoiser, adapter_name=adapter_name)
+    state = load_file(folder / PEFT_FILE)
+    own = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    set_peft_model_state_dict(denoiser, own, adapter_name=adapter_name)
+
+
+def _examples(names: Sequence[str]) -> str:
+    endings: dict[str, int] = {}
+    for name in names:
+        last = [part for part in name.split(".") if not part.isdigit()][-1]
+        endings[last] = endings.get(last, 0) + 1
+    return ", ".join(sorted(endings, key=lambda ending: -endings[ending])[:8])

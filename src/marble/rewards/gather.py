@@ -1,0 +1,18 @@
+"""Scores of several processes, each of its own images, as one table."""
+
+from __future__ import annotations
+
+from marble.distributed import gather_rows
+from marble.rewards.base import RewardTable
+
+
+def gather_table(table: RewardTable, own: range, count: int) -> RewardTable:
+    """The scores of all processes, bit for bit, in every one of them: statistics over a batch are then those of all.
+
+    Args:
+        table: of this process's images.
+        own: which of the images these are.
+        count: N images in all.
+    """
+    scores, applies = (gather_rows(rows, own, count) for rows in (table.scores, table.applies))
+    return RewardTable(table.names, scores, applies)

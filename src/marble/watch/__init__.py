@@ -1,0 +1,10 @@
+"""Learns how a pipeline calls its denoiser by watching it do so."""
+
+from __future__ import annotations
+
+from marble.watch.conditioning import Conditioning
+from marble.watch.learn import PromptsMixedUp, learn
+from marble.watch.manner import Manner
+from marble.watch.watch import Seen, Watch
+
+__all__ = ["Conditioning", "Manner", "PromptsMixedUp", "Seen", "Watch", "learn"]

@@ -1,0 +1,209 @@
+"""Learns a pipeline's manner from two short calls with different numbers of images.
+
+What has an entry for every image is what grows with them; what the timestep is, is what changes from step to step;
+the latents are what is proportional to the scheduler's sample. At the end a recorded call is made again and must
+give what the scheduler was given: if it does, training may rely on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marble.errors import MarbleError
+from marble.watch.conditioning import Conditioning
+from marble.watch.manner import Manner, as_sample
+from marble.watch.tree import Path, children, leaves, name_of, same
+from marble.watch.watch import Watch
+
+_PROMPTS = ("a photo of a red cat", "two photos of one blue dog in an old town")
+"""Of lengths that are no small numbers and differ: a text's length must not pass for a number of images."""
+_IMAGES = 2  # of every prompt; the first call has one prompt, the second two
+
+_PARALLEL = 0.999  # cosine of the denoiser's latents with the scheduler's sample
+
+
+class PromptsMixedUp(MarbleError):
+    """Several images of several prompts get each other's masks, as in some pipelines of Diffusers 0.42."""
+
+
+def learn(pipe: Any, part: str, call: Callable[[Sequence[str], int, int], Any]) -> Manner:
+    """Watch two calls of `pipe`.
+
+    Args:
+        pipe: the pipeline.
+        part: its component that denoises.
+        call: `call(prompts, images per prompt, steps)` runs the pipeline.
+
+    Raises:
+        PromptsMixedUp: `call` must give the pipeline every prompt as often as it wants images of it.
+        MarbleError: what was seen, what was expected.
+    """
+    watches = []
+    for prompts in (_PROMPTS[:1], _PROMPTS):
+        with Watch(pipe, part, whole=True) as watch:
+            call(prompts, _IMAGES, 2)
+        watch.check_calls()
+        watches.append(watch)
+    watch, name = watches[0], f"{type(pipe).__name__} cannot be watched"
+    first, second = watch.calls[:2]
+    sample, output = watch.steps[0][1:]
+    assert isinstance(sample, Tensor) and isinstance(output, Tensor)
+    if len(sample) != _IMAGES:
+        raise MarbleError(f"{name}: expected latents of {_IMAGES} images, saw {list(sample.shape)}")
+
+    latent = _latent(first, sample, name, part)
+    given = first[latent]
+    listed = isinstance(given, (list, tuple))
+    stacked = torch.stack(list(given)) if listed else given
+    timestep = _timestep(first, second, latent, name, part)
+    changing = [
+        name_of(path)
+        for path, value in leaves({k: v for k, v in first.items() if k not in (latent, timestep)})
+        if not same(value, _at(second, path))
+    ]
+    if changing:
+        raise MarbleError(f"{name}: {part}'s {', '.join(changing)} changes from step to step, like no timestep")
+    others = [{k: v for k, v in w.calls[0].items() if k not in (latent, timestep)} for w in watches]
+    told = first[timestep]
+    manner = Manner(
+        latent=latent,
+        listed=listed,
+        ones=_ones(stacked.shape, sample.shape),
+        latent_dtype=stacked.dtype,
+        timestep=timestep,
+        timestep_dims=told.ndim,
+        timestep_dtype=told.dtype,
+        per_image=frozenset(_per_image(others[0], others[1])),
+        sign=_sign(watch.outputs[0], output, stacked.dtype, name, part),
+    )
+    for watch in watches:
+        _check(manner, watch, name)
+    rows = Conditioning.of_call(manner, watches[1].calls[0], 2 * _IMAGES).rows
+    if rows.tolist() != [0, 0, 1, 1]:
+        raise PromptsMixedUp(f"{name}: images of one prompt are given different texts or masks")
+    return manner
+
+
+def _latent(call: dict[str, Any], sample: Tensor, name: str, part: str) -> str:
+    """The argument that is the scheduler's sample, up to scale, dtype and dims of length 1."""
+    found, doubled = [], []
+    for key, value in call.items():
+        if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
+            if any(item.shape != value[0].shape for item in value):
+                continue
+            value = torch.stack(list(value))
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if value.numel() == sample.numel() and len(value) == len(sample):
+            a, b = value.flatten().float(), sample.flatten().float()
+            if torch.nn.functional.cosine_similarity(a, b, dim=0) > _PARALLEL:
+                found.append(key)
+        elif value.numel() == 2 * sample.numel() and len(value) == 2 * len(sample):
+            doubled.append(key)
+    if len(found) == 1:
+        return found[0]
+    saw = ", ".join(f"{key} {_describe(value)}" for key, value in call.items())
+    guidance = (
+        f" ({', '.join(doubled)} holds every image twice: is that classifier-free guidance? Training goes without; "
+        "set rollout.guidance to 1)"
+        if doubled
+        else ""
+    )
+    raise MarbleError(
+        f"{name}: expected one argument of {part} that is the scheduler's sample {list(sample.shape)}, "
+        f"found {', '.join(found) or 'none'} among {saw}{guidance}"
+    )
+
+
+def _timestep(first: dict[str, Any], second: dict[str, Any], latent: str, name: str, part: str) -> str:
+    """The argument that is one number for all images and another in the next step."""
+    found = [
+        key
+        for key, value in first.items()
+        if key != latent and isinstance(value, Tensor) and value.ndim <= 2 and value.numel()
+        if (value == value.flatten()[0]).all() and not torch.equal(value, second[key])
+    ]
+    if len(found) != 1:
+        raise MarbleError(
+            f"{name}: expected one tensor among {part}'s arguments that is the same for all images and changes from "
+            f"step to step, the timestep; found {', '.join(found) or 'none'} among {', '.join(first)}"
+        )
+    return found[0]
+
+
+def _ones(given: Sequence[int], sample: Sequence[int]) -> tuple[int, ...]:
+    """Dims of length 1 in `given` that `sample` has not; put in one after the other they make it."""
+    ones, at = [], 0
+    for dim, length in enumerate(given):
+        if at < len(sample) and sample[at] == length:
+            at += 1
+        else:
+            ones.append(dim)
+    return tuple(ones)
+
+
+def _per_image(a: Any, b: Any, path: Path = ()) -> list[Path]:
+    """Where two calls' arguments have as many entries as images, or as prompts."""
+    if a is None and isinstance(b, Tensor) and b.ndim and len(b) == 2 * _IMAGES:  # a mask, where one is needed
+        return [path]
+    if isinstance(a, (Tensor, list, tuple)) and type(a) is type(b) and not (isinstance(a, Tensor) and a.ndim == 0):
+        if (len(a), len(b)) in ((_IMAGES, 2 * _IMAGES), (1, 2)):
+            return [path]
+    found = []
+    theirs = dict(children(b))
+    for key, value in children(a):
+        found += _per_image(value, theirs.get(key), (*path, key))
+    return found
+
+
+def _sign(answer: Any, output: Tensor, dtype: torch.dtype, name: str, part: str) -> int:
+    """How the scheduler's model output follows from the denoiser's answer."""
+    try:
+        found = as_sample(answer, output).float()
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise MarbleError(f"{name}: expected {part} to answer {list(output.shape)}, saw another ({error})") from error
+    for sign in (1, -1):
+        if _close(sign * found, output, dtype):
+            return sign
+    raise MarbleError(
+        f"{name}: what scheduler.step is given is neither what {part} answers nor its negative; is that "
+        "classifier-free guidance? Training goes without; set rollout.guidance to 1"
+    )
+
+
+def _check(manner: Manner, watch: Watch, name: str) -> None:
+    """Make a recorded call again, from what training keeps of it."""
+    sample, output = watch.steps[1][1:]
+    assert isinstance(sample, Tensor) and isinstance(output, Tensor)
+    call = watch.calls[1]
+    given = torch.stack(list(call[manner.latent])) if manner.listed else call[manner.latent]
+    conditioning = Conditioning.of_call(manner, watch.calls[0], len(sample))
+    told = call[manner.timestep].flatten()[:1].expand(len(sample))
+    denoiser = getattr(watch.pipe, watch.part)
+    with torch.no_grad():
+        again = conditioning.call(denoiser, given.reshape(sample.shape), told)
+    if not _close(again, output, manner.latent_dtype):
+        off = (again - output.float()).norm() / output.float().norm()
+        raise MarbleError(f"{name}: a recorded call made again gives another answer (off by {off:.1e} of it)")
+
+
+def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two outputs of a network that calculates in `dtype` are the same."""
+    tolerance = 1e-4 if dtype.itemsize >= 4 else 0.02
+    return bool((a.float() - b.float()).norm() <= tolerance * b.float().norm())
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple, dict)) else repr(value)[:20]

@@ -1,0 +1,64 @@
+"""How a pipeline calls its denoiser, once that has been learnt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marble.watch.tree import Path
+
+
+@dataclass(frozen=True)
+class Manner:
+    """Which arguments are the latents and the timestep, which differ from image to image, what to do to the output.
+
+    Learnt by `learn` and good for every call of the same pipeline, whatever its scheduler, size and prompts.
+    """
+
+    latent: str  # the argument's name
+    listed: bool  # latents go in as a list of one tensor an image
+    ones: tuple[int, ...]  # dims of length 1 in the argument that the scheduler's sample does not have
+    latent_dtype: torch.dtype
+    timestep: str
+    timestep_dims: int  # of the argument: 0 or 1 of a number an image, 2 of one a token
+    timestep_dtype: torch.dtype
+    per_image: frozenset[Path]  # arguments, or parts of them, with an entry for every image or prompt
+    sign: int  # −1: the pipeline turns the output around before the scheduler sees it
+
+    def call(self, denoiser: nn.Module, arguments: dict[str, Any], latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Call `denoiser` as the pipeline does; returns its output `[M, …]` as the scheduler would get it, float32.
+
+        Args:
+            denoiser: the network.
+            arguments: all but the latents and the timestep.
+            latents: `[M, …]`, shaped as the scheduler's.
+            timesteps: `[M]`, as the denoiser is told them.
+        """
+        given: Any = latents.to(self.latent_dtype)
+        for dim in self.ones:
+            given = given.unsqueeze(dim)
+        told = timesteps.to(latents.device, self.timestep_dtype)
+        if self.timestep_dims == 2:
+            told = told[:, None].expand(-1, arguments[self.timestep].shape[1])
+        own = {self.latent: list(given.unbind(0)) if self.listed else given, self.timestep: told}
+        return self.sign * as_sample(denoiser(**{**arguments, **own}), latents).float()
+
+
+def as_sample(output: Any, like: Tensor) -> Tensor:
+    """A denoiser's answer in the shape of the scheduler's sample.
+
+    A list is stacked, dims of length 1 go, and of twice the channels (models that also learnt a variance) the first
+    half is taken.
+    """
+    if isinstance(output, (tuple, dict)):
+        output = output[0]
+    elif hasattr(output, "to_tuple"):
+        output = output.to_tuple()[0]
+    if isinstance(output, (list, tuple)):
+        output = torch.stack(list(output))
+    if output.ndim == like.ndim and output.shape[1] == 2 * like.shape[1]:
+        output = output.chunk(2, dim=1)[0]
+    return output.reshape(like.shape)

@@ -1,0 +1,120 @@
+"""Records one call of a pipeline: what its denoiser and its scheduler are given and answer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marble.errors import MarbleError
+from marble.watch.conditioning import Conditioning
+from marble.watch.manner import Manner
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one call of the pipeline showed."""
+
+    conditioning: Conditioning
+    told: Tensor  # [T] timesteps as the denoiser was told
+    steps: Tensor  # [T] timesteps as the scheduler calls them
+    x0: Tensor  # [N, …] the scheduler's last sample
+
+
+class Watch:
+    """`with Watch(pipe, part) as watch: pipe(...)`, then `watch.seen(manner)`.
+
+    Attributes:
+        calls: the denoiser's arguments by name; of later calls only numbers and short tensors, unless `whole`.
+        outputs: its answers, if `whole`.
+        steps: the scheduler's timestep, sample and model output of each of its steps; the last two only if `whole`.
+        last: the scheduler's last sample.
+    """
+
+    def __init__(self, pipe: Any, part: str, *, whole: bool = False) -> None:
+        """Watch `pipe`, whose denoiser is its component `part`; `whole`: keep everything."""
+        self.pipe, self.part, self.whole = pipe, part, whole
+        self.calls: list[dict[str, Any]] = []
+        self.outputs: list[Any] = []
+        self.steps: list[tuple[Any, Tensor | None, Tensor | None]] = []
+        self.last: Tensor | None = None
+
+    def __enter__(self) -> Watch:
+        denoiser, scheduler = getattr(self.pipe, self.part), self.pipe.scheduler
+        signature, step = inspect.signature(denoiser.forward), scheduler.step
+
+        def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            bound = _bound(signature, args, kwargs)
+            if self.calls and not self.whole:  # the conditioning is kept once; of later calls only what may change
+                bound = {k: v for k, v in bound.items() if isinstance(v, Tensor) and v.ndim <= 2}
+            self.calls.append(bound)
+
+        def after_forward(module: nn.Module, args: tuple, output: Any) -> None:
+            self.outputs.append(output)
+
+        @functools.wraps(step)  # pipelines look at its signature to see whether it takes a generator
+        def watched_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            kept = (sample, model_output) if self.whole else (None, None)
+            self.steps.append((timestep, *kept))
+            result = step(model_output, timestep, sample, *args, **kwargs)
+            self.last = result[0] if isinstance(result, tuple) else result.prev_sample
+            return result
+
+        self._hooks = [denoiser.register_forward_pre_hook(before_forward, with_kwargs=True)]
+        if self.whole:
+            self._hooks.append(denoiser.register_forward_hook(after_forward))
+        scheduler.step = watched_step
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        del self.pipe.scheduler.step
+
+    def check_calls(self) -> None:
+        """Check that the denoiser was called once for every step of the scheduler.
+
+        Raises:
+            MarbleError: says how often each was called.
+        """
+        if self.calls and len(self.calls) == len(self.steps) and self.last is not None:
+            return
+        hint = ""
+        if len(self.calls) == 2 * len(self.steps) > 0:
+            hint = " (two calls a step: is that classifier-free guidance? Training goes without; set rollout.guidance)"
+        raise MarbleError(
+            f"{type(self.pipe).__name__} cannot be watched: expected one call of {self.part} for every scheduler.step, "
+            f"saw {len(self.calls)} and {len(self.steps)}{hint}"
+        )
+
+    def seen(self, manner: Manner) -> Seen:
+        """What was seen, in the terms of a known `manner`.
+
+        Raises:
+            MarbleError: the pipeline did otherwise this time.
+        """
+        self.check_calls()
+        assert self.last is not None
+        count = len(self.last)
+        try:
+            conditioning = Conditioning.of_call(manner, self.calls[0], count)
+        except (KeyError, ValueError, TypeError) as error:
+            raise MarbleError(
+                f"{type(self.pipe).__name__} called its {self.part} otherwise than when it was watched: {error}"
+            ) from error
+        told = torch.stack([call[manner.timestep].flatten()[0] for call in self.calls])
+        steps = torch.stack([torch.as_tensor(step[0]) for step in self.steps])
+        return Seen(conditioning, told.float().cpu(), steps.cpu(), self.last.detach())
+
+
+def _bound(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments by name; those of a `**kwargs` among the others."""
+    bound = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= bound.pop(parameter.name, {})
+    return bound
