@@ -149,5 +149,5 @@ def test_clear_errors(tmp_path, untrained):
     policy = Policy.from_pretrained(str(untrained))
     with pytest.raises(MarbleError, match="no layer of transformer matches"):
         policy.add_adapters(rank=2, alpha=2, targets=["nothing_like_it"], seed=0)
-    with pytest.raises(MarbleError, match="holds no .safetensors"):
+    with pytest.raises(MarbleError, match=r"holds no \.safetensors"):
         policy.load_lora(tmp_path)

@@ -42,6 +42,14 @@ def test_shares_groups_and_seeds():
     assert len(set(batch.seeds)) == 18
 
 
+def test_parts_hold_whole_groups_and_know_where_they_stand():
+    whole = mixture().batch(0)
+    parts = [whole.part(own) for own in (range(4), range(4, 5), range(5, 6), range(6, 6))]
+    assert [r for part in parts for r in part.records] == whole.records
+    assert [seed for part in parts for seed in part.seeds] == whole.seeds
+    assert [list(part.images) for part in parts] == [list(range(12)), [12, 13, 14], [15, 16, 17], []]
+
+
 def test_a_source_is_used_up_before_it_repeats():
     mix = mixture()
     seen = [r.text for e in range(5) for r in mix.batch(e).prompts if r.source == "a"]

@@ -64,7 +64,8 @@ class HeldOut:
         if known is not None:
             self.start = _from_json(known)
             return
-        self.start = self._evaluate(len(self.parts.held_out_prompts), None, SHOWN_PROMPTS)
+        adapter = None if self.config.model.lora.start is None else "ema"  # where training starts from
+        self.start = self._evaluate(len(self.parts.held_out_prompts), adapter, SHOWN_PROMPTS)
         self._show(self.start, "before")
         self.run.write_evaluation(self._content(self.start))
         self.run.log({"update": 0, "held_out": self._first(self.start).means()})

@@ -148,6 +148,11 @@ def make_scheduler(name: str, own: Any) -> Any:
     if name == "dpm++":
         changes: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
         changes |= {"final_sigmas_type": "zero", "thresholding": False}
+        if config.get("use_dynamic_shifting") and config.get("time_shift_type", "exponential") != "exponential":
+            raise MarbleError(
+                f"scheduler dpm++ cannot shift its levels as {type(own).__name__} does here "
+                f"(time_shift_type {config['time_shift_type']}); use own or euler"
+            )
         if flow:
             changes |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
         return _taking_sigmas(diffusers.DPMSolverMultistepScheduler.from_config(config, **changes))

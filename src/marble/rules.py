@@ -121,8 +121,9 @@ def _preferences(config: Config) -> list[str]:
             problems.append(
                 f"balance.{field}: published has {only}, got {getattr(balance, field)}; use balance.method = marble"
             )
-    explicit = balance.model_fields_set & {*plain, "solve_share"}
-    for field in sorted(explicit) if method in FROM_ADVANTAGES and method != "uniform" else ():
+    # not those that are written out at their defaults, as in every run's own config.yaml
+    changed = {f for f in (*plain, "solve_share") if getattr(balance, f) != type(balance).model_fields[f].default}
+    for field in sorted(changed) if method in FROM_ADVANTAGES and method != "uniform" else ():
         problems.append(f"balance.{field}: {method} takes no reward's gradient, so this changes nothing; leave it out")
     if method in NEED_TORCHJD and importlib.util.find_spec("torchjd") is None:
         problems.append(f'balance.method: {method} needs TorchJD: pip install "marble-diffusion[torchjd]"')

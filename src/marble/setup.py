@@ -113,7 +113,7 @@ def assemble(config: Config) -> Parts:
     rewards = load_rewards([term.reward for term in config.rewards] + config.held_out_rewards)
     count = len(config.rewards)
     sources = [(load_source(source.source, "train"), source.share) for source in config.prompts]
-    policy = _policy(config)
+    policy = _trained_policy(config)
     return Parts(
         policy=policy,
         prompts=PromptMixture(
@@ -129,10 +129,14 @@ def assemble(config: Config) -> Parts:
     )
 
 
-def _policy(config: Config) -> Policy:
-    """The model, watched, with its trained weights."""
+def load_policy(config: Config) -> Policy:
+    """The model as configured, with nothing trained yet.
+
+    Raises:
+        MarbleError: it cannot be had, or not in this way.
+    """
     model = config.model
-    policy = Policy.from_pretrained(
+    return Policy.from_pretrained(
         model.id,
         call=model.call,
         device=model.device,
@@ -147,6 +151,11 @@ def _policy(config: Config) -> Policy:
         vae_slicing=model.vae_slicing,
         offload=model.offload,
     )
+
+
+def _trained_policy(config: Config) -> Policy:
+    """The model, watched, with its trained weights."""
+    policy, model = load_policy(config), config.model
     if model.train == "full":
         _check_room(policy, config)
         policy.train_whole(model.dtype)

@@ -80,7 +80,7 @@ def train(
         clock.append(time.perf_counter())
         plan = plan_epoch(
             len(batch.seeds),
-            config.rollout.steps,
+            len(rollout.samples.levels),
             timesteps=config.objective.timesteps,
             updates=config.optimizer.updates_per_epoch,
             micro_batch=config.optimizer.micro_batch,

@@ -16,7 +16,7 @@ COMMANDS = {
     "push": "publish a run's LoRA on the Hugging Face hub, with a model card",
     "report": "make a run's report again",
     "validate": "check a config without running it",
-    "list": "show the models, rewards, methods, objectives or prompt sources there are",
+    "list": "show the models, rewards, methods, objectives, schedulers or prompt sources there are",
     "bench": "measure an update's speed and memory on models of several shapes",
     "mini": "make the embedded model from scratch (mini pretrain)",
 }

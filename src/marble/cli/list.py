@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from marble.catalogue import METHODS, OBJECTIVES
+from marble.catalogue import METHODS, OBJECTIVES, SCHEDULERS
 
 
 @dataclass
@@ -18,7 +18,7 @@ class List:
     example: marble list rewards
     """
 
-    what: tyro.conf.Positional[Literal["models", "rewards", "methods", "objectives", "prompts"]]
+    what: tyro.conf.Positional[Literal["models", "rewards", "methods", "objectives", "schedulers", "prompts"]]
     json: bool = False
     """print as JSON"""
 
@@ -42,6 +42,8 @@ def _rows(what: str) -> dict[str, str]:
         return METHODS
     if what == "objectives":
         return OBJECTIVES
+    if what == "schedulers":
+        return SCHEDULERS
     kind = {"models": "model", "rewards": "reward", "prompts": "prompt source"}[what]
     rows = {}
     for name, point in known(kind).items():

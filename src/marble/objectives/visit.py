@@ -97,7 +97,8 @@ def visit_loss(
     """Noise the visited images afresh and take the loss there, on the clean latents that the outputs stand for.
 
     Returns:
-        The affine loss `[M]` (for `nft`, times `NoiseLevels.weights`: 1 for flow models), and `mean (v_theta − v_ref)²` `[M]` of every visit, None if its weight is 0.
+        The affine loss `[M]` (for `nft`, times `NoiseLevels.weights`: 1 for flow models), and
+        `mean (v_theta − v_ref)²` `[M]` of every visit, None if its weight is 0.
     """
     samples = rollout.samples
     x0, levels = samples.x0[visits.images.to(samples.x0.device)], samples.levels[visits.steps]

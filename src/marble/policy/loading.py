@@ -67,6 +67,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     quantize: str | None = None,
+    text_too: bool = True,
     merge: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> Any:
@@ -77,7 +78,8 @@ def load_pipeline(
         dtype: of all weights.
         revision: branch, tag or commit on the hub.
         variant: of the files, `fp16` say.
-        quantize: `8bit` or `4bit` for the denoiser's frozen weights and the text encoders', by bitsandbytes.
+        quantize: `8bit` or `4bit` for the denoiser's frozen weights, by bitsandbytes.
+        text_too: quantise the larger text encoders as well.
         merge: LoRA to add to the weights for good, one after the other.
         trust_remote_code: let the model's own code run.
 
@@ -92,7 +94,7 @@ def load_pipeline(
     if trust_remote_code:
         options["trust_remote_code"] = True
     if quantize:
-        options["quantization_config"] = _quantization(path, quantize, dtype)
+        options["quantization_config"] = _quantization(path, quantize, dtype, text_too)
     options = {name: value for name, value in options.items() if value is not None}
     try:
         pipe = DiffusionPipeline.from_pretrained(path, **options)
@@ -190,7 +192,7 @@ def _is_quantized(module: torch.nn.Module) -> bool:
     return bool(getattr(module, "is_quantized", False) or getattr(module, "is_loaded_in_8bit", False))
 
 
-def _quantization(path: str, bits: str, dtype: torch.dtype) -> Any:
+def _quantization(path: str, bits: str, dtype: torch.dtype, text_too: bool) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MarbleError(f'model.quantize: {bits} needs bitsandbytes: pip install "marble-diffusion[quantize]"')
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
@@ -202,7 +204,7 @@ def _quantization(path: str, bits: str, dtype: torch.dtype) -> Any:
     parts = [
         name
         for name in DiffusionPipeline.load_config(path)
-        if name in ("transformer", "unet", "text_encoder_2", "text_encoder_3")
+        if name in ("transformer", "unet") or (text_too and name in ("text_encoder_2", "text_encoder_3"))
     ]
     return PipelineQuantizationConfig(quant_backend=kind, quant_kwargs=settings, components_to_quantize=parts)
 

@@ -20,7 +20,7 @@ from marble.noise import NoiseLevels, levels_of, make_scheduler
 from marble.policy.loading import DTYPES, denoiser_of, find_device, load_pipeline, place, save_memory
 from marble.policy.sampling import Caller, Job, Samples, images_of, in_pieces, jobs
 from marble.policy.weights import FullWeights, LoRAWeights, Weights, copy, load_lora
-from marble.watch import Conditioning, Manner, PromptsMixedUp, Watch, learn
+from marble.watch import Conditioning, Manner, PromptsMixedUpError, Watch, learn
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Policy:
             revision=revision,
             variant=variant,
             quantize=quantize,
+            text_too=offload is None,
             merge=merge,
             trust_remote_code=trust_remote_code,
         )
@@ -195,7 +196,7 @@ class Policy:
             with self._scheduled(scheduler), self._calculating():
                 try:
                     self._manner = learn(self.pipe, self.part, call)
-                except PromptsMixedUp:
+                except PromptsMixedUpError:
                     self.caller.repeats_texts = True
                     self._manner = learn(self.pipe, self.part, call)
         return self._manner
@@ -281,7 +282,7 @@ class Policy:
         call: dict[str, Any],
     ) -> Tensor:
         chosen = job.seeds(seeds, group)
-        with self._calculating():
+        with self._calculating(), self._unchecked():
             result = self.caller(
                 prompts[job.start : job.stop], job.each, steps, guidance, chosen, output_type="pt", **call
             )
@@ -304,6 +305,18 @@ class Policy:
             yield
         finally:
             self.pipe.scheduler = self._schedulers["own"]
+
+    @contextmanager
+    def _unchecked(self) -> Iterator[None]:
+        """Leave out Stable Diffusion's safety checker: rewards would judge the black pictures that it puts in."""
+        checker = getattr(self.pipe, "safety_checker", None)
+        if checker is not None:
+            self.pipe.safety_checker = None
+        try:
+            yield
+        finally:
+            if checker is not None:
+                self.pipe.safety_checker = checker
 
     @contextmanager
     def _calculating(self) -> Iterator[None]:
@@ -338,3 +351,15 @@ class Policy:
             MarbleError: it is not there, or does not fit the model.
         """
         load_lora(self.pipe, str(source), field)
+
+    def load_whole(self, folder: Path) -> None:
+        """Replace the denoiser by one that full fine-tuning wrote.
+
+        Raises:
+            MarbleError: it is not there, or another model's.
+        """
+        try:
+            found = type(self.denoiser).from_pretrained(folder, dtype=self.denoiser.dtype)
+            self.denoiser.load_state_dict(found.state_dict())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise MarbleError(f'"{folder}" holds no {self.part} of this model: {str(error).splitlines()[0]}') from error

@@ -17,8 +17,8 @@ from marble.noise import NoiseLevels
 from marble.watch import Conditioning
 
 GUIDANCE_OFFSET = {
+    "Krea2Pipeline": -1.0,  # as the next
     "ZImagePipeline": -1.0,  # adds scale · (conditional − unconditional) to the conditional: none is 0, not 1
-    "Krea2Pipeline": -1.0,  # the same
 }
 """Pipelines whose guidance scale counts otherwise, and what to add to the usual one."""
 
@@ -174,7 +174,8 @@ class Caller:
         try:
             return self.pipe(**call)
         except (ValueError, TypeError, AssertionError, IndexError) as error:  # how pipelines refuse sizes and lengths
-            raise MarbleError(f"{type(self.pipe).__name__} refuses: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise MarbleError(f"{type(self.pipe).__name__} refuses: {reason}") from error
         except RuntimeError as error:  # those that do not look at sizes before they use them
             if "size" not in str(error) and "shape" not in str(error):
                 raise

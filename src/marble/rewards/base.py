@@ -105,7 +105,7 @@ def score_images(
     Raises:
         MarbleError: a reward does not return one number an image.
     """
-    as_bytes = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    as_bytes = to_bytes(images)
     scores = torch.full((len(images), len(rewards)), torch.nan, dtype=torch.float64)
     for k, reward in enumerate(rewards):
         judged = torch.tensor([reward.applies(record) for record in records], dtype=torch.bool)
@@ -119,6 +119,14 @@ def score_images(
                 some = [records[i] for i in chosen.tolist()]
                 scores[chosen, k] = _score(reward, pictures[chosen], some, frames)
     return RewardTable([reward.name for reward in rewards], scores, ~scores.isnan())
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """uint8 of floats in [0, 1], one image at a time: videos are large."""
+    made = torch.empty(images.shape, dtype=torch.uint8)
+    for one, image in zip(made, images, strict=True):
+        one.copy_((image.clamp(0, 1) * 255).round())
+    return made
 
 
 def _score(reward: Reward, pictures: Tensor, records: list[Record], frames: int | None) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from marble.watch.conditioning import Conditioning
-from marble.watch.learn import PromptsMixedUp, learn
+from marble.watch.learn import PromptsMixedUpError, learn
 from marble.watch.manner import Manner
 from marble.watch.watch import Seen, Watch
 
-__all__ = ["Conditioning", "Manner", "PromptsMixedUp", "Seen", "Watch", "learn"]
+__all__ = ["Conditioning", "Manner", "PromptsMixedUpError", "Seen", "Watch", "learn"]

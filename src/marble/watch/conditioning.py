@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,5 +161,5 @@ def _distinct(per_image: dict[Path, Tensor | list], count: int) -> tuple[Tensor,
             flat = value.reshape(count, -1)
             new[1:] |= (flat[1:] != flat[:-1]).any(dim=1).cpu()
         else:
-            new[1:] |= torch.tensor([not same(a, b) for a, b in zip(value[:-1], value[1:], strict=True)]).bool()
+            new[1:] |= torch.tensor([not same(a, b) for a, b in itertools.pairwise(value)]).bool()
     return new.cumsum(0) - 1, new.nonzero().flatten()

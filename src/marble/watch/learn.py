@@ -26,7 +26,7 @@ _IMAGES = 2  # of every prompt; the first call has one prompt, the second two
 _PARALLEL = 0.999  # cosine of the denoiser's latents with the scheduler's sample
 
 
-class PromptsMixedUp(MarbleError):
+class PromptsMixedUpError(MarbleError):
     """Several images of several prompts get each other's masks, as in some pipelines of Diffusers 0.42."""
 
 
@@ -39,7 +39,7 @@ def learn(pipe: Any, part: str, call: Callable[[Sequence[str], int, int], Any]) 
         call: `call(prompts, images per prompt, steps)` runs the pipeline.
 
     Raises:
-        PromptsMixedUp: `call` must give the pipeline every prompt as often as it wants images of it.
+        PromptsMixedUpError: `call` must give the pipeline every prompt as often as it wants images of it.
         MarbleError: what was seen, what was expected.
     """
     watches = []
@@ -50,8 +50,7 @@ def learn(pipe: Any, part: str, call: Callable[[Sequence[str], int, int], Any]) 
         watches.append(watch)
     watch, name = watches[0], f"{type(pipe).__name__} cannot be watched"
     first, second = watch.calls[:2]
-    sample, output = watch.steps[0][1:]
-    assert isinstance(sample, Tensor) and isinstance(output, Tensor)
+    sample, output = watch.tensors(0)
     if len(sample) != _IMAGES:
         raise MarbleError(f"{name}: expected latents of {_IMAGES} images, saw {list(sample.shape)}")
 
@@ -84,7 +83,7 @@ def learn(pipe: Any, part: str, call: Callable[[Sequence[str], int, int], Any]) 
         _check(manner, watch, name)
     rows = Conditioning.of_call(manner, watches[1].calls[0], 2 * _IMAGES).rows
     if rows.tolist() != [0, 0, 1, 1]:
-        raise PromptsMixedUp(f"{name}: images of one prompt are given different texts or masks")
+        raise PromptsMixedUpError(f"{name}: images of one prompt are given different texts or masks")
     return manner
 
 
@@ -150,9 +149,9 @@ def _per_image(a: Any, b: Any, path: Path = ()) -> list[Path]:
     """Where two calls' arguments have as many entries as images, or as prompts."""
     if a is None and isinstance(b, Tensor) and b.ndim and len(b) == 2 * _IMAGES:  # a mask, where one is needed
         return [path]
-    if isinstance(a, (Tensor, list, tuple)) and type(a) is type(b) and not (isinstance(a, Tensor) and a.ndim == 0):
-        if (len(a), len(b)) in ((_IMAGES, 2 * _IMAGES), (1, 2)):
-            return [path]
+    counted = isinstance(a, (list, tuple)) or (isinstance(a, Tensor) and a.ndim > 0)
+    if counted and type(a) is type(b) and (len(a), len(b)) in ((_IMAGES, 2 * _IMAGES), (1, 2)):
+        return [path]
     found = []
     theirs = dict(children(b))
     for key, value in children(a):
@@ -177,8 +176,7 @@ def _sign(answer: Any, output: Tensor, dtype: torch.dtype, name: str, part: str)
 
 def _check(manner: Manner, watch: Watch, name: str) -> None:
     """Make a recorded call again, from what training keeps of it."""
-    sample, output = watch.steps[1][1:]
-    assert isinstance(sample, Tensor) and isinstance(output, Tensor)
+    sample, output = watch.tensors(1)
     call = watch.calls[1]
     given = torch.stack(list(call[manner.latent])) if manner.listed else call[manner.latent]
     conditioning = Conditioning.of_call(manner, watch.calls[0], len(sample))

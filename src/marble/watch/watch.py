@@ -75,6 +75,13 @@ class Watch:
             hook.remove()
         del self.pipe.scheduler.step
 
+    def tensors(self, step: int) -> tuple[Tensor, Tensor]:
+        """The scheduler's sample and model output at one of its steps, of a `whole` watch."""
+        sample, output = self.steps[step][1:]
+        assert sample is not None
+        assert output is not None
+        return sample, output
+
     def check_calls(self) -> None:
         """Check that the denoiser was called once for every step of the scheduler.
 
