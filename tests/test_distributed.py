@@ -165,7 +165,7 @@ def test_shares_hold_all_and_are_as_equal_as_can_be(monkeypatch, count, processe
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
 def test_engines_that_reduce_gradients_themselves_are_refused(monkeypatch, engine):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(MarbleError, match=rf"ACCELERATE_USE_{engine}=true: .*Launch with torchrun"):

@@ -168,6 +168,12 @@ def test_three_processes_launched_by_accelerate(one, folder):
 
 
 @pytest.mark.slow
+def test_a_base_in_shards_changes_nothing(one, folder):
+    launched(3, folder / "config.yaml", "--out", folder / "shards", "--model.shard", "true")
+    assert_the_same_run(Run(folder / "shards"), one)
+
+
+@pytest.mark.slow
 def test_fewer_prompts_than_processes(folder):
     done = launch([*TORCHRUN, "--nproc_per_node", "3"], folder / "config.yaml", "--rollout.prompts", 2)
     assert done.returncode != 0

@@ -46,6 +46,7 @@ class Model(_Section):
         "float32", description="of the frozen weights; what is trained is kept in single precision"
     )
     quantize: Literal["8bit", "4bit"] | None = Field(None, description="frozen weights by bitsandbytes (an extra)")
+    shard: bool = Field(False, description="frozen weights in shards over the processes: for models beyond one GPU")
     checkpointing: bool = Field(False, description="make activations again on the way back: less memory, more time")
     offload: Literal["text", "all"] | None = Field(
         None, description="keep idle text encoders, or all but the denoiser, in the CPU's memory"

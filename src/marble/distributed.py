@@ -33,6 +33,8 @@ _PIECE = 2**26
 _ENGINES = {
     "DEEPSPEED": "ZeRO cuts up and reduces the gradients itself while a backward pass runs, as one gradient per "
     "parameter, so that every reward's own gradient cannot be summed exactly",
+    "FSDP": "Accelerate would cut up what is trained too, while every reward's gradient is taken from whole "
+    "parameters; for a frozen base in shards set model.shard: true",
     "MEGATRON_LM": "it needs its own models in place of Diffusers'",
 }
 """Engines of `accelerate launch` that cannot be honoured, and why."""

@@ -88,17 +88,19 @@ def evaluate(
     """
     own, each = share(len(prompts)), len(seeds)
     mine, rows = prompts[own.start : own.stop], range(own.start * each, own.stop * each)
-    images = torch.empty(0, 3, 0, 0)
-    if mine:
+    images, made = torch.empty(0, 3, 0, 0), [*mine]
+    if policy.in_step:  # every process makes as many calls as the one with the largest share
+        made += [prompts[0]] * (len(share(len(prompts), 0)) - len(mine))
+    if made:
         images = policy.images(
-            [p.text for p in mine],
-            list(seeds) * len(mine),
+            [p.text for p in made],
+            list(seeds) * len(made),
             steps=steps,
             adapter=adapter,
             guidance=guidance,
             scheduler=scheduler,
             batch=batch,
-        )
+        )[: len(rows)]
     groups = torch.arange(own.start, own.stop).repeat_interleave(each)
     local = score_images(rewards, images, [record for record in mine for _ in seeds], groups, frames=frames)
     table = gather_table(local, rows, len(prompts) * each)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from marble.policy import Policy, Samples
@@ -39,15 +40,24 @@ def collect(
     guidance: float = 1.0,
     scheduler: str = "own",
     offset: int = 0,
+    prompts: int = 0,
 ) -> Rollout:
-    """Sample every image of `batch`: the same seeds and weights give the same images."""
+    """Sample every image of `batch`: the same seeds and weights give the same images.
+
+    If processes have to keep step, and one of them has `prompts`, some are sampled twice, and left out.
+    """
+    spare = max(0, prompts - len(batch.prompts)) if policy.in_step else 0
     samples = policy.sample(
-        [record.text for record in batch.prompts],
-        batch.seeds,
+        [record.text for record in batch.prompts] + [batch.prompts[0].text] * spare,
+        batch.seeds + batch.seeds[: batch.group_size] * spare,
         steps=steps,
         adapter=adapter,
         guidance=guidance,
         scheduler=scheduler,
         batch=images_per_call,
     )
+    if spare:
+        own = torch.arange(len(batch.seeds))
+        x0, images, conditioning = samples.x0[own], samples.images[own], samples.conditioning[own]
+        samples = replace(samples, x0=x0, images=images, conditioning=conditioning)
     return Rollout(batch, samples, offset)

@@ -68,6 +68,10 @@ def _geometry(config: Config) -> list[str]:
             f"with rollout.steps = {rollout.steps}; use objective.timesteps = {rollout.steps - 1} "
             f"or rollout.steps = {objective.timesteps + 1}"
         )
+    if config.model.shard and config.model.train == "full":
+        problems.append("model.shard: only a frozen base can be in shards, got model.train = full; use lora")
+    if config.model.shard and config.model.quantize:
+        problems.append(f"model.shard: not with quantised weights, got model.quantize = {config.model.quantize}")
     shares = [source.share for source in config.prompts]
     for field, total in (("rollout.prompts", rollout.prompts), ("evaluation.prompts", config.evaluation.prompts)):
         if 0 in split_by_share(shares, total):

@@ -122,7 +122,7 @@ def assemble(config: Config) -> Parts:
         rewards=rewards[:count],
         held_out_rewards=rewards[count:],
         method=Method(config),
-        engine=PerRewardGradients(policy.denoiser, parameters=policy.parameters),
+        engine=PerRewardGradients(policy.denoiser, parameters=policy.parameters, in_step=policy.in_step),
         updater=Updater(policy, config),
         held_out_prompts=held_out_prompts(config),
         weights=torch.tensor([term.weight for term in config.rewards], dtype=torch.float64),
@@ -150,6 +150,7 @@ def load_policy(config: Config) -> Policy:
         vae_tiling=model.vae_tiling,
         vae_slicing=model.vae_slicing,
         offload=model.offload,
+        shard=model.shard,
     )
 
 
@@ -162,6 +163,8 @@ def _trained_policy(config: Config) -> Policy:
     else:
         lora, seed = model.lora, derive(config.seed, "lora") % 2**32
         policy.add_adapters(rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed, start=lora.start)
+    if model.shard:
+        policy.shard()
     policy.learn(guidance=config.rollout.guidance, scheduler=config.rollout.scheduler)
     return policy
 

@@ -62,7 +62,7 @@ class _Update:
         self.names = [term.reward for term in config.rewards]
         self.kl_weight, self.objective, self.signals = config.objective.kl, config.objective, signals
         self.policy, self.method, self.engine, self.updater = parts.policy, parts.method, parts.engine, parts.updater
-        self.visits = total(sum(map(len, plan)))
+        self.visits = total(sum(visits.counts.sum().item() for visits in plan))
         every = config.diagnose_every
         self.diagnose = bool(every) and self.updater.updates % every == every // 2
         self.due = self.method.due()
@@ -113,6 +113,12 @@ class _Update:
                 if not is_out_of_memory(error):
                     raise
                 largest = max(map(len, plan))
+                if self.policy.in_step:
+                    raise MarbleError(
+                        f"out of memory with {largest} images in a forward and backward pass; with model.shard all "
+                        "processes keep step, so that one cannot try again with fewer: use a lower "
+                        "optimizer.micro_batch"
+                    ) from error
                 if largest == 1:
                     raise MarbleError(
                         "out of memory with one image in a forward and backward pass: use model.checkpointing, "
@@ -134,15 +140,16 @@ class _Update:
 
     def visit(self, rollout: Rollout, visits: Visits, *, exact: bool) -> None:
         """Take in one micro-batch."""
-        chosen, weight = visits.images + rollout.offset, 1 / self.visits
+        chosen, weight = visits.images + rollout.offset, visits.counts / self.visits
         if exact:
             with self.engine:
                 loss, kl = visit_loss(self.policy, rollout, visits, self.objective)
                 self._note(loss, kl, chosen, weight)
-                slopes = weight * loss.effective(self.for_slope[chosen].to(loss.slope))
-                consts = weight * self.for_const[chosen].to(slopes)
+                weight = weight.to(loss.slope)
+                slopes = weight[:, None] * loss.effective(self.for_slope[chosen].to(loss.slope))
+                consts = weight[:, None] * self.for_const[chosen].to(slopes)
                 if kl is not None and self.apart:
-                    (self.updater.scale * self.kl_weight * weight * kl.sum()).backward(retain_graph=True)
+                    (self.updater.scale * self.kl_weight * (weight * kl).sum()).backward(retain_graph=True)
                 elif kl is not None:
                     loss = replace(loss, const=loss.const + self.kl_weight * kl)
                 assert self.rows is not None
@@ -151,16 +158,16 @@ class _Update:
         loss, kl = visit_loss(self.policy, rollout, visits, self.objective)
         each = self._note(loss, kl, chosen, weight)
         each = each if kl is None else each + self.kl_weight * kl
-        (self.updater.scale * weight * each.sum()).backward()
+        (self.updater.scale * (weight.to(each) * each).sum()).backward()
 
-    def _note(self, loss: AffineLoss, kl: Tensor | None, chosen: Tensor, weight: float) -> Tensor:
+    def _note(self, loss: AffineLoss, kl: Tensor | None, chosen: Tensor, weight: Tensor) -> Tensor:
         """The mixed loss `[M]`, which is also what is logged."""
         each = (
             loss.const
             + (loss.effective(self.advantages[chosen].to(loss.slope)) @ self.weights.to(loss.slope)) * loss.slope
         )
-        self.loss += weight * each.detach().sum().item()
-        self.kl += 0.0 if kl is None else weight * kl.detach().sum().item()
+        self.loss += (weight.to(each) * each.detach()).sum().item()
+        self.kl += 0.0 if kl is None else (weight.to(kl) * kl.detach()).sum().item()
         return each
 
     def solve(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from marble.balance.signals import signals_of
 from marble.config import Config, dump_config
-from marble.distributed import agree, decide, is_main, share, start, world
+from marble.distributed import agree, decide, is_main, rank, share, start, total, world
 from marble.errors import MarbleError
 from marble.export import finish_run
 from marble.heldout import HeldOut
@@ -61,7 +61,8 @@ def train(
     while not over:
         clock = [time.perf_counter()]
         batch = parts.prompts.batch(epoch)
-        mine = batch.part(share(len(batch.prompts)))
+        shares = [share(len(batch.prompts), process) for process in range(world())]
+        mine = batch.part(shares[rank()])
         rollout = collect(
             parts.policy,
             mine,
@@ -70,6 +71,7 @@ def train(
             guidance=config.rollout.guidance,
             scheduler=config.rollout.scheduler,
             offset=mine.start,
+            prompts=len(shares[0]),
         )
         clock.append(time.perf_counter())
         frames = config.rollout.judged_frames
@@ -78,16 +80,19 @@ def train(
         signals = signals_of(table, batch.group_ids, parts.weights, std=config.objective.std)
         parts.method.observe(table)
         clock.append(time.perf_counter())
+        tables = rollout.samples.conditioning.table_of
+        mixed = parts.policy.in_step and total(tables.any().item()) > 0  # then not even sizes can be kept in step
         plan = plan_epoch(
             len(batch.seeds),
             len(rollout.samples.levels),
             timesteps=config.objective.timesteps,
             updates=config.optimizer.updates_per_epoch,
-            micro_batch=config.optimizer.micro_batch,
+            micro_batch=1 if mixed else config.optimizer.micro_batch,
             seed=config.seed,
             epoch=epoch,
             own=mine.images,
-            tables=rollout.samples.conditioning.table_of,
+            tables=tables,
+            in_step=[batch.part(own).images for own in shares] if parts.policy.in_step else [],
         )
         for visits in plan:
             if fallen or config.budget.updates == parts.updater.updates:
@@ -125,6 +130,8 @@ def _check_processes(config: Config) -> None:
             f"rollout.prompts: at least one prompt for each of the {world()} processes (a prompt's images are not "
             f"split), got {config.rollout.prompts}; use {world()} or fewer processes"
         )
+    if config.model.shard and world() == 1:
+        raise MarbleError("model.shard: a base in shards needs several processes; launch with torchrun")
     if dump_config(config) != decide(lambda: dump_config(config)):
         raise MarbleError("this process was given another configuration than the main one; all must have the same")
 

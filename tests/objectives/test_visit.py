@@ -82,6 +82,29 @@ def test_no_micro_batch_is_without_images(updates, split):
         assert all(len(v) for part in plan(updates=updates, own=own) for v in part)
 
 
+@pytest.mark.parametrize("updates", [1, 5, 15, 30])
+@pytest.mark.parametrize(("micro_batch", "tables"), [(4, [0] * 10), (1, [0, 0, 1, 1, 0, 2, 2, 2, 0, 1])])
+def test_processes_in_step_make_micro_batches_of_the_same_sizes(updates, micro_batch, tables):
+    shares = [range(4), range(4, 7), range(7, 10)]
+    made, sizes = [], []
+    for own in shares:
+        mine = torch.tensor(tables[own.start : own.stop])
+        parts = plan(updates=updates, micro_batch=micro_batch, own=own, tables=mine, in_step=shares)
+        sizes.append([[len(visits) for visits in part] for part in parts])
+        for u, part in enumerate(parts):
+            for v in part:
+                at = zip(v.images.tolist(), v.steps.tolist(), v.counts.tolist(), strict=True)
+                made += [(u, i + own.start, s) for i, s, counts in at if counts]
+    assert sizes[0] == sizes[1] == sizes[2]
+    alone = plan(updates=updates)
+    assert sorted(made) == sorted(
+        (u, i, s)
+        for u, part in enumerate(alone)
+        for v in part
+        for i, s in zip(v.images.tolist(), v.steps.tolist(), strict=True)
+    )
+
+
 @pytest.fixture(scope="module")
 def policy(untrained):
     policy = Policy.from_pretrained(str(untrained), call={"max_sequence_length": 12})

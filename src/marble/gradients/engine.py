@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from marble.distributed import active
+from marble.distributed import active, total
 from marble.gradients.reference import check_advantages, check_trainable
 from marble.gradients.rows import Rows
 from marble.gradients.sites import find_sites, refuse
@@ -56,6 +56,7 @@ class PerRewardGradients:
         dtype: torch.dtype = torch.float32,
         scale: float = 1.0,
         check: bool = True,
+        in_step: bool = False,
     ) -> None:
         """Find out which layers are fast. The module is left as it is until the block is entered.
 
@@ -66,6 +67,7 @@ class PerRewardGradients:
             scale: losses are multiplied by it on the way back and gradients divided: against underflow in float16.
             check: make sure, in the first `compute` of two samples or more, that the samples do not mix and that no
                 trained weight acts outside its layer; costs three more backward passes, once.
+            in_step: all processes call the module together, with as many samples (`marble.shard`): check when any does.
 
         Raises:
             ValueError: nothing to train, a frozen parameter, batch normalisation in training mode, a compiled
@@ -90,6 +92,7 @@ class PerRewardGradients:
         self.count = sum(self.sizes)
         self._sites = find_sites(module, {id(p): i for i, p in enumerate(self.parameters)})
         self._probe = torch.zeros((), requires_grad=True)
+        self._in_step = in_step
         self._wants_check, self._low_precision = check, any(p.dtype.itemsize < 4 for p in module.parameters())
         self._samples = 0  # N of the compute under way
         self._weights: Tensor | None = None  # [N, J] while contracting for more than one row
@@ -250,7 +253,7 @@ class PerRewardGradients:
         for site in self._sites:
             site.slow = site.tied or any(size == 0 or size % self._samples for size in site.seen)
         self._heard = 0
-        if self._wants_check and self._samples > 1 and self._unlike_before():
+        if self._anywhere(self._wants_check and self._samples > 1 and self._unlike_before()):
             self._check(loss)
         slow = self._slow()
         if loss.const.requires_grad:
@@ -263,6 +266,10 @@ class PerRewardGradients:
         self._insist_on_hearing(slow)
         if slow:
             self._by_columns(loss, slow, for_slope, for_const, rows, common is not None, keep)
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether it is so in a process that has to make the same passes as this one."""
+        return total(float(flag)) > 0 if self._in_step else flag
 
     def _unlike_before(self) -> bool:
         """Whether a fast layer has a number of rows a sample that no check has seen."""
@@ -287,10 +294,10 @@ class PerRewardGradients:
         finally:
             self._weights = self._rows = None
 
-    def _backward(self, total: Tensor, inputs: Sequence[Tensor], keep: bool) -> Sequence[Tensor | None]:
+    def _backward(self, loss: Tensor, inputs: Sequence[Tensor], keep: bool) -> Sequence[Tensor | None]:
         self._going_back, self._probing = True, inputs[0] is self._probe
         try:
-            return torch.autograd.grad(total, inputs, retain_graph=keep, allow_unused=True)
+            return torch.autograd.grad(loss, inputs, retain_graph=keep, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
                 raise ValueError(
@@ -339,7 +346,7 @@ class PerRewardGradients:
     def _check(self, loss: AffineLoss) -> None:
         """Refuse samples that mix; send layers whose rows or weights are not what they seem the slow way."""
         losses = loss.const + 0.7 * loss.slope
-        if not losses.isfinite().all():  # says nothing of the module: another batch will
+        if self._anywhere(not losses.isfinite().all()):  # says nothing of the module: another batch will
             return
         self._elsewhere = {}
         try:
@@ -348,7 +355,7 @@ class PerRewardGradients:
         finally:
             self._elsewhere = None
         self._insist_on_hearing(self._slow())
-        if not all(elsewhere.values()):  # an overflow, not a mixture
+        if self._anywhere(not all(elsewhere.values())):  # an overflow, not a mixture
             return
         if elsewhere:
             raise ValueError(

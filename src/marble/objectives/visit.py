@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,14 +25,25 @@ class Visits:
     images: Tensor  # [M] int64, indices into the images at hand
     steps: Tensor  # [M] int64, indices into the sampler's T steps
     noise_seeds: tuple[int, ...]  # [M], so that an image's noise does not depend on its neighbours
+    idle: Tensor | None = None  # [M] bool: those that count for nothing, and keep step with other processes
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def counts(self) -> Tensor:
+        """`[M]` float: 1, or 0 for those that are idle."""
+        return torch.ones(len(self)) if self.idle is None else (~self.idle).float()
+
     def split(self, most: int) -> list[Visits]:
         """The same visits in parts of at most `most`."""
         return [
-            Visits(self.images[at : at + most], self.steps[at : at + most], self.noise_seeds[at : at + most])
+            Visits(
+                self.images[at : at + most],
+                self.steps[at : at + most],
+                self.noise_seeds[at : at + most],
+                None if self.idle is None else self.idle[at : at + most],
+            )
             for at in range(0, len(self), most)
         ]
 
@@ -47,6 +59,7 @@ def plan_epoch(
     epoch: int,
     own: range | None = None,
     tables: Tensor | None = None,
+    in_step: Sequence[range] = (),
 ) -> list[list[Visits]]:
     """Spread an epoch's visits over its updates.
 
@@ -64,6 +77,8 @@ def plan_epoch(
         own: which of the N images this process holds; all, if not given. The plans of all processes together are
             the plan of one.
         tables: `[len(own)]`, images of different numbers cannot be in one micro-batch (`Conditioning.table_of`).
+        in_step: every process's `own`, if all have to make as many micro-batches of the same sizes: those with fewer
+            visits repeat some that then count for nothing. If any has `tables` of several, `micro_batch` must be 1.
 
     Returns:
         Micro-batches for each update; `images` counts from `own.start`.
@@ -75,20 +90,30 @@ def plan_epoch(
     own = range(count) if own is None else own
     plan: list[list[Visits]] = []
     for part in torch.arange(len(images)).tensor_split(updates):
-        mine = part[(images[part] >= own.start) & (images[part] < own.stop)]
+        mine = _of(part, images, own)
         plan.append([])
-        for chosen in _split(mine, micro_batch, None if tables is None else tables[images[mine] - own.start]):
-            at = zip(images[chosen].tolist(), passes[chosen].tolist(), strict=True)
-            seeds = tuple(derive(seed, "noise", epoch, image, p) for image, p in at)
-            plan[-1].append(Visits(images[chosen] - own.start, steps[chosen], seeds))
+        wanted = max((len(_of(part, images, other)) for other in in_step), default=0)
+        idle = torch.arange(max(len(mine), wanted)) >= len(mine)
+        mine = torch.cat([mine, _of(torch.arange(len(images)), images, own)[:1].expand(int(idle.sum()))])
+        for at in _split(len(mine), micro_batch, None if tables is None else tables[images[mine] - own.start]):
+            chosen = mine[at]
+            which = zip(images[chosen].tolist(), passes[chosen].tolist(), strict=True)
+            seeds = tuple(derive(seed, "noise", epoch, image, p) for image, p in which)
+            plan[-1].append(Visits(images[chosen] - own.start, steps[chosen], seeds, idle[at] if in_step else None))
     return plan
 
 
-def _split(visits: Tensor, most: int, tables: Tensor | None) -> list[Tensor]:
-    """In order, in parts of at most `most`, and of one table each."""
+def _of(visits: Tensor, images: Tensor, own: range) -> Tensor:
+    """Those of the visits whose images are one process's."""
+    return visits[(images[visits] >= own.start) & (images[visits] < own.stop)]
+
+
+def _split(count: int, most: int, tables: Tensor | None) -> list[Tensor]:
+    """Numbers from 0 in order, in parts of at most `most`, and of one table each."""
+    numbers = torch.arange(count)
     if tables is None:
-        return list(visits.split(most)) if len(visits) else []  # of nothing, `split` makes one empty part
-    return [part for table in tables.unique() for part in visits[tables == table].split(most)]
+        return list(numbers.split(most)) if count else []  # of nothing, `split` makes one empty part
+    return [part for table in tables.unique() for part in numbers[tables == table].split(most)]
 
 
 def visit_loss(

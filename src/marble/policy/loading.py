@@ -107,7 +107,7 @@ def load_pipeline(
     return pipe
 
 
-def place(pipe: Any, part: str, device: torch.device, *, offload: str | None = None) -> None:
+def place(pipe: Any, part: str, device: torch.device, *, offload: str | None = None, later: bool = False) -> None:
     """Move a pipeline to its device.
 
     Args:
@@ -115,10 +115,13 @@ def place(pipe: Any, part: str, device: torch.device, *, offload: str | None = N
         part: its denoiser, which stays there.
         device: where to.
         offload: `text` keeps the text encoders in the CPU's memory but while they are at work, `all` the VAE too.
+        later: leave the denoiser where it is.
     """
     from accelerate import cpu_offload_with_hook
 
     modules = {name: module for name, module in pipe.components.items() if isinstance(module, torch.nn.Module)}
+    if later:
+        del modules[part]
     away = {} if offload is None else {n: m for n, m in modules.items() if _is_offloaded(n, part, offload)}
     hooks = []
     for name, module in modules.items():

@@ -20,6 +20,7 @@ from marble.noise import NoiseLevels, levels_of, make_scheduler
 from marble.policy.loading import DTYPES, denoiser_of, find_device, load_pipeline, place, save_memory
 from marble.policy.sampling import Caller, Job, Samples, images_of, in_pieces, jobs
 from marble.policy.weights import FullWeights, LoRAWeights, Weights, copy, load_lora
+from marble.shard import shard_base
 from marble.watch import Conditioning, Manner, PromptsMixedUpError, Watch, learn
 
 
@@ -45,6 +46,7 @@ class Policy:
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval()
         self.device = next(self.denoiser.parameters()).device
+        self.in_step = False  # whether all processes call the denoiser together
         self.autocast: torch.dtype | None = None
         self._weights: Weights | None = None
         self._schedulers = {"own": pipe.scheduler}
@@ -67,6 +69,7 @@ class Policy:
         vae_tiling: bool = False,
         vae_slicing: bool = False,
         offload: str | None = None,
+        shard: bool = False,
     ) -> Policy:
         """Load a pipeline.
 
@@ -84,6 +87,7 @@ class Policy:
             vae_tiling: decode in tiles.
             vae_slicing: decode image by image.
             offload: `text` keeps text encoders in the CPU's memory while they are idle, `all` the VAE too.
+            shard: leave the denoiser in the CPU's memory until `shard` is called.
 
         Raises:
             MarbleError: it is not there, or not a pipeline that can be trained.
@@ -101,10 +105,13 @@ class Policy:
         )
         part = denoiser_of(pipe)
         save_memory(pipe, part, checkpointing=checkpointing, vae_tiling=vae_tiling, vae_slicing=vae_slicing)
-        place(pipe, part, where, offload=offload)
+        place(pipe, part, where, offload=offload, later=shard)
         if DTYPES[dtype] != torch.float32 and where.type == "cuda":
             torch.set_float32_matmul_precision("high")  # what is left in single precision need not be exact
-        return cls(pipe, call)
+        policy = cls(pipe, call)
+        if shard:
+            policy.device = where
+        return policy
 
     # ---- weights --------------------------------------------------------------------------------------
 
@@ -133,6 +140,15 @@ class Policy:
         self.denoiser.float()
         self.autocast = None if dtype == "float32" else DTYPES[dtype]
         self._weights = FullWeights(self.pipe, self.part)
+
+    def shard(self) -> None:
+        """Leave this process a share of the base model's weights (`marble.shard`); after `add_adapters`.
+
+        Raises:
+            MarbleError: there is one process, or the base is trained or quantised.
+        """
+        shard_base(self.denoiser, [p for slot in self.weights.slots.values() for p in slot], self.device)  # type: ignore[misc]
+        self.in_step = True
 
     @property
     def weights(self) -> Weights:
@@ -240,7 +256,7 @@ class Policy:
             return seen.x0.float(), images, seen.conditioning, levels
 
         with self.using(adapter), self._scheduled(scheduler):
-            made = list(in_pieces(list(jobs(len(prompts), group, batch)), work, self.device))
+            made = list(in_pieces(list(jobs(len(prompts), group, batch)), work, self.device, retry=not self.in_step))
         x0, images, conditioning, levels = zip(*made, strict=True)
         return Samples(torch.cat(x0), torch.cat(images), Conditioning.join(list(conditioning)), levels[0])
 
@@ -268,6 +284,7 @@ class Policy:
                 list(jobs(len(prompts), group, batch)),
                 lambda job: self._make(prompts, seeds, group, job, steps, guidance, call),
                 self.device,
+                retry=not self.in_step,
             )
             return torch.cat(list(parts))
 

@@ -82,11 +82,11 @@ def jobs(prompts: int, group: int, batch: int) -> Iterator[Job]:
             yield Job(prompt, prompt + 1, first, min(batch, group - first))
 
 
-def in_pieces(pending: list[Job], work: Callable[[Job], T], device: torch.device) -> Iterator[T]:
+def in_pieces(pending: list[Job], work: Callable[[Job], T], device: torch.device, *, retry: bool = True) -> Iterator[T]:
     """`work` on each job; one for which memory does not suffice, and all after it, in halves.
 
     Raises:
-        MarbleError: memory does not suffice for one image.
+        MarbleError: memory does not suffice for one image, or not at once and without `retry`.
     """
     pending, most = list(pending), None
     while pending:
@@ -99,6 +99,11 @@ def in_pieces(pending: list[Job], work: Callable[[Job], T], device: torch.device
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            if not retry:
+                raise MarbleError(
+                    f"out of memory while making {len(job)} images at once; with model.shard all processes keep step, "
+                    "so that one cannot try again with fewer: use a lower rollout.batch"
+                ) from error
             if len(job) == 1:
                 raise MarbleError(
                     "out of memory while making a single image: lower its size (model.call), or use a smaller "
