@@ -41,7 +41,7 @@ class Model(_Section):
     lora: LoRA = LoRA()
     merge: list[str] = Field([], description="LoRA to add to the weights for good before training")
     call: dict[str, Any] = Field({}, description="extra arguments of every call of the pipeline while training")
-    device: str = Field("auto", description="auto: this process's GPU if there is one; or cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", description="auto: this process's GPU or, without one, the CPU; cpu, cuda, cuda:1")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen weights; what is trained is kept in single precision"
     )

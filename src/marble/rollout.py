@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from marble.errors import MarbleError
 from marble.policy import Policy, Samples
 from marble.prompts import PromptBatch
+from marble.watch import first_broken
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ def collect(
     """Sample every image of `batch`: the same seeds and weights give the same images.
 
     If processes have to keep step, and one of them has `prompts`, some are sampled twice, and left out.
+
+    Raises:
+        MarbleError: latents are not finite; names the layer.
     """
     spare = max(0, prompts - len(batch.prompts)) if policy.in_step else 0
     samples = policy.sample(
@@ -56,8 +62,28 @@ def collect(
         scheduler=scheduler,
         batch=images_per_call,
     )
+    broken = ~samples.x0.flatten(1).isfinite().all(dim=1)
+    if broken.any():
+        raise MarbleError(_blame(policy, samples, broken.nonzero().flatten()[:1].cpu(), adapter))
     if spare:
         own = torch.arange(len(batch.seeds))
         x0, images, conditioning = samples.x0[own], samples.images[own], samples.conditioning[own]
         samples = replace(samples, x0=x0, images=images, conditioning=conditioning)
     return Rollout(batch, samples, offset)
+
+
+def _blame(policy: Policy, samples: Samples, one: Tensor, adapter: str) -> str:
+    """Where the latents of `one` image stopped being finite, looked for at every level of the sampler."""
+    noise = torch.randn(1, *samples.x0.shape[1:], generator=torch.Generator().manual_seed(0)).to(samples.x0)
+    where = "the sampler"
+    for step in range(len(samples.levels)):
+        at = (noise, samples.levels[torch.tensor([step])], samples.conditioning[one])
+        layer = first_broken(policy.denoiser, functools.partial(policy.predict, *at, adapter=adapter))
+        if layer is not None:
+            where = f"layer {layer} of {policy.part}"
+            break
+    remedy = "model.dtype: bfloat16 or float32" if policy.denoiser.dtype == torch.float16 else "a lower optimizer.lr"
+    return (
+        f"sampled latents are not finite: {where} stops being so; what was learned until the last checkpoint is "
+        f"kept; {remedy} usually helps"
+    )

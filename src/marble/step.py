@@ -20,7 +20,7 @@ from marble.errors import MarbleError
 from marble.gradients.rows import Rows
 from marble.memory import forget, is_out_of_memory
 from marble.objectives.affine import AffineLoss
-from marble.objectives.visit import Visits, visit_loss
+from marble.objectives.visit import Visits, visit_loss, where_broken
 from marble.rollout import Rollout
 from marble.setup import Parts
 
@@ -145,6 +145,7 @@ class _Update:
             with self.engine:
                 loss, kl = visit_loss(self.policy, rollout, visits, self.objective)
                 self._note(loss, kl, chosen, weight)
+                self._insist(rollout, visits)
                 weight = weight.to(loss.slope)
                 slopes = weight[:, None] * loss.effective(self.for_slope[chosen].to(loss.slope))
                 consts = weight[:, None] * self.for_const[chosen].to(slopes)
@@ -157,8 +158,20 @@ class _Update:
             return
         loss, kl = visit_loss(self.policy, rollout, visits, self.objective)
         each = self._note(loss, kl, chosen, weight)
+        self._insist(rollout, visits)
         each = each if kl is None else each + self.kl_weight * kl
         (self.updater.scale * (weight.to(each) * each).sum()).backward()
+
+    def _insist(self, rollout: Rollout, visits: Visits) -> None:
+        """Stop before anything is lost if the loss so far is not finite: no scale of it would help."""
+        if math.isfinite(self.loss + self.kl):
+            return
+        remedy = "a lower optimizer.lr" if self.policy.denoiser.dtype == torch.float32 else "model.dtype: float32"
+        raise MarbleError(
+            f"the loss of update {self.updater.updates + 1} is not finite, "
+            f"{where_broken(self.policy, rollout, visits)}; what was learned until the last checkpoint is kept; "
+            f"{remedy} usually helps"
+        )
 
     def _note(self, loss: AffineLoss, kl: Tensor | None, chosen: Tensor, weight: Tensor) -> Tensor:
         """The mixed loss `[M]`, which is also what is logged."""
@@ -223,6 +236,8 @@ class _Update:
         norm = self.updater.apply(direction, self.broken)
         if math.isnan(norm):
             return {"update": self.updater.updates, "skipped": "the gradient as a whole", "scale": self.updater.scale}
+        if self.policy.device.type == "cuda":
+            self.metrics["memory"] = torch.cuda.max_memory_allocated(self.policy.device)
         metrics: dict[str, Any] = {
             "update": self.updater.updates,
             "loss": total(self.loss),

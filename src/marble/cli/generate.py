@@ -48,7 +48,7 @@ class Generate:
     """guidance scale; 1 is none; the run's own, of a run folder"""
     scheduler: Annotated[str, tyro.conf.arg(help="see marble list schedulers")] = "own"
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """auto, cpu, cuda, cuda:1"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """of the weights; float32, or the run's own"""
     json: Annotated[bool, tyro.conf.arg(help="print what was made as JSON")] = False

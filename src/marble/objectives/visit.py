@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from marble.objectives.nft import nft_loss
 from marble.policy import Policy, Prediction
 from marble.rollout import Rollout
 from marble.seeds import derive, generator
+from marble.watch import Conditioning, first_broken
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,8 @@ def visit_loss(
         The affine loss `[M]` (for `nft`, times `NoiseLevels.weights`: 1 for flow models), and
         `mean (v_theta − v_ref)²` `[M]` of every visit, None if its weight is 0.
     """
-    samples = rollout.samples
-    x0, levels = samples.x0[visits.images.to(samples.x0.device)], samples.levels[visits.steps]
-    noise = torch.stack([torch.randn(x0.shape[1:], generator=_seeded(seed)) for seed in visits.noise_seeds]).to(x0)
-    at = (levels.noised(x0, noise), levels, samples.conditioning[visits.images].expanded())
+    x0, at = _noised(rollout, visits)
+    levels = at[1]
     with torch.no_grad():
         old = policy.predict(*at, adapter="old")
         reference = policy.predict(*at, adapter=None) if settings.kl else None
@@ -137,6 +137,24 @@ def visit_loss(
     if reference is None:
         return loss, None
     return loss, (theta.output - reference.output).square().flatten(1).mean(dim=1)
+
+
+def where_broken(policy: Policy, rollout: Rollout, visits: Visits) -> str:
+    """Where a loss that is not finite comes from."""
+    _, at = _noised(rollout, visits)
+    for adapter in ("default", "old", None):
+        layer = first_broken(policy.denoiser, functools.partial(policy.predict, *at, adapter=adapter))
+        if layer is not None:
+            return f"first in what layer {layer} answers, with the {adapter or 'base'} weights"
+    return "in the loss itself; every layer's answer is finite"
+
+
+def _noised(rollout: Rollout, visits: Visits) -> tuple[Tensor, tuple[Tensor, NoiseLevels, Conditioning]]:
+    """The visited images' clean latents, and where the denoiser is called: noised latents, levels, conditioning."""
+    samples = rollout.samples
+    x0, levels = samples.x0[visits.images.to(samples.x0.device)], samples.levels[visits.steps]
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=_seeded(seed)) for seed in visits.noise_seeds]).to(x0)
+    return x0, (levels.noised(x0, noise), levels, samples.conditioning[visits.images].expanded())
 
 
 def _loss(x0: Tensor, theta: Prediction, old: Prediction, levels: NoiseLevels, settings: Objective) -> AffineLoss:

@@ -41,7 +41,7 @@ def model_path(id_or_path: str) -> str:
 
 
 def find_device(device: str) -> torch.device:
-    """`auto` is this process's own GPU, Apple's, or the CPU; anything else is taken at its word.
+    """`auto` is this process's own GPU, or the CPU; anything else is taken at its word.
 
     Raises:
         MarbleError: no such device here.
@@ -50,7 +50,7 @@ def find_device(device: str) -> torch.device:
         if torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
         else:
-            device = "mps" if torch.backends.mps.is_available() else "cpu"
+            device = "cpu"
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
@@ -198,6 +198,8 @@ def _is_quantized(module: torch.nn.Module) -> bool:
 def _quantization(path: str, bits: str, dtype: torch.dtype, text_too: bool) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MarbleError(f'model.quantize: {bits} needs bitsandbytes: pip install "marble-diffusion[quantize]"')
+    if not torch.cuda.is_available():
+        raise MarbleError(f"model.quantize: {bits} needs a GPU that bitsandbytes knows; there is none here")
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
     kind = "bitsandbytes_4bit" if bits == "4bit" else "bitsandbytes_8bit"
