@@ -12,7 +12,7 @@ from marble.watch.tree import leaves
 
 
 def first_broken(module: nn.Module, run: Callable[[], Any]) -> str | None:
-    """The name of the first layer without parts of its own whose answer is not finite while its inputs are.
+    """The name of the innermost, first layer whose answer is not finite while its inputs are.
 
     Args:
         module: the network.
@@ -27,7 +27,7 @@ def first_broken(module: nn.Module, run: Callable[[], Any]) -> str | None:
 
         return look
 
-    hooks = [m.register_forward_hook(hook(n)) for n, m in module.named_modules() if not any(m.children())]
+    hooks = [m.register_forward_hook(hook(n)) for n, m in module.named_modules() if n]
     try:
         with torch.no_grad():
             run()
