@@ -262,9 +262,7 @@ def test_texts_of_other_lengths_are_in_other_tables(policy, rollout):
 @pytest.mark.parametrize("micro_batch", [2, 3, 100])
 def test_losses_of_a_plan_by_tables_are_those_of_one_image_at_a_time(policy, rollout, micro_batch):
     tables, settings = rollout.samples.conditioning.table_of, Objective(beta=0.5, kl=1.0, timesteps=2)
-    plan = plan_epoch(
-        6, 4, timesteps=2, updates=1, micro_batch=micro_batch, seed=0, epoch=0, tables=tables
-    )[0]
+    plan = plan_epoch(6, 4, timesteps=2, updates=1, micro_batch=micro_batch, seed=0, epoch=0, tables=tables)[0]
     assert all(len(tables[visits.images].unique()) == 1 for visits in plan)
     assert max(map(len, plan)) == min(micro_batch, 8)
     found = {}

@@ -208,13 +208,28 @@ def test_another_argument_that_changes(value):
     assert re.search(r"transformer's more(\.at\[0\])? changes from step to step", refusal(Changing))
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_an_argument_that_comes_or_goes(first):
-    class Coming(Fake):
+def test_an_argument_that_goes():
+    class Going(Fake):
         def denoise(self, x, t, text, step):
-            return self.transformer(x, t, text, **({"more": [1]} if (step == 0) == first else {}))[0]
+            return self.transformer(x, t, text, **({} if step else {"more": [1]}))[0]
 
-    assert "more" in refusal(Coming)
+    assert "transformer's more" in refusal(Going)
+
+
+def test_an_argument_that_comes():
+    class Adding(Denoiser):
+        def forward(self, latents, t, text=None, more=0):
+            return (super().forward(latents, t, text)[0] + more,)
+
+    class Coming(Fake):
+        def __init__(self):
+            super().__init__()
+            self.transformer = Adding()
+
+        def denoise(self, x, t, text, step):
+            return self.transformer(x, t, text, **({"more": 5} if step else {}))[0]
+
+    assert "Coming cannot be watched" in refusal(Coming)
 
 
 def test_an_output_that_the_scheduler_never_sees():
@@ -252,14 +267,13 @@ def test_an_answer_of_another_shape():
 
 def test_an_answer_in_a_dict_of_ones_own():
     class Named(Denoiser):
-        def forward(self, *args, **kwargs):
-            return {"velocity": super().forward(*args, **kwargs)[0]}
+        def forward(self, latents, t, text=None):
+            return {"velocity": super().forward(latents, t, text)[0]}
 
     class InADict(Fake):
         def __init__(self):
             super().__init__()
             self.transformer = Named()
-            self.transformer.forward = self.transformer.forward
 
         def denoise(self, x, t, text, step):
             return self.transformer(x, t, text)["velocity"]
@@ -280,7 +294,9 @@ def test_a_denoiser_that_does_not_answer_the_same_twice():
             super().__init__()
             self.transformer = Counting()
 
-    assert re.search(r"a recorded call made again gives another answer \(off by \d\.\de[+-]\d\d of it\)", refusal(Remembers))
+    assert re.search(
+        r"a recorded call made again gives another answer \(off by \d\.\de[+-]\d\d of it\)", refusal(Remembers)
+    )
 
 
 def test_latents_of_another_number_of_images():
@@ -303,14 +319,15 @@ def test_a_pipeline_that_makes_one_step_whatever_it_is_asked():
 
 def test_two_denoisers_or_none():
     class Empty:
-        components = {"vae": nn.Linear(1, 1), "tokenizer": None}
+        def __init__(self):
+            self.components = {"vae": nn.Linear(1, 1), "tokenizer": None}
 
     with pytest.raises(MarbleError, match="Empty has neither a transformer nor a unet to train; it has vae"):
         denoiser_of(Empty())
     pipe = Fake()
     assert denoiser_of(pipe) == "transformer"
     pipe.transformer_2 = Denoiser()
-    with pytest.raises(MarbleError, match="Fake denoises with two networks .transformer and transformer_2.; one can"):
+    with pytest.raises(MarbleError, match=r"Fake denoises with two networks \(transformer and transformer_2\)"):
         denoiser_of(pipe)
     del pipe.transformer_2, pipe.scheduler
     with pytest.raises(MarbleError, match="Fake has no scheduler"):
@@ -327,7 +344,9 @@ def test_a_call_otherwise_than_when_it_was_watched():
 
     with Watch(Doubled(), "transformer") as watch:
         watch.pipe(["a"], 3, 2)
-    with pytest.raises(MarbleError, match="Doubled called its transformer otherwise .* text has 6 entries for 3 images"):
+    with pytest.raises(
+        MarbleError, match=r"Doubled called its transformer otherwise .* text has 6 entries for 3 images"
+    ):
         watch.seen(manner)
 
 
@@ -348,7 +367,9 @@ def test_guidance_cannot_be_trained_with_but_looked_at(name, tmp_path):
     assert not torch.allclose(guided, plain, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "mixed"), [("sana", True), ("lumina2", True), ("sd3", False), ("qwenimage", False)])
+@pytest.mark.parametrize(
+    ("name", "mixed"), [("sana", True), ("lumina2", True), ("qwenimage", True), ("sd3", False), ("flux", False)]
+)
 def test_prompts_that_a_pipeline_mixes_up_are_given_once_an_image(name, mixed, tmp_path):
     """Their masks are repeated in another order than their texts."""
     policy = real(name, tmp_path)

@@ -230,7 +230,7 @@ def _reason(error: Exception, name: str) -> str:
         return "there is no such model on the hub, or it is private: check the name, or log in with `hf auth login`"
     text = str(error).strip()
     offline = any(isinstance(e, (LocalEntryNotFoundError, ConnectionError)) for e in chain)
-    if offline or "connect" in text.lower() or "offline" in text.lower():
+    if offline or any(word in text.lower() for word in ("connect", "offline", "not fully cached", "cannot find")):
         return (
             "the hub cannot be reached, and the model is not in the cache: check the network, or download it where "
             f"there is one (`hf download {name} --local-dir FOLDER`) and give the folder as model.id"

@@ -229,6 +229,7 @@ def load_lora(pipe: Any, source: str, field: str, **options: Any) -> None:
         raise MarbleError(f'{field}: "{source}" holds no .safetensors file (pytorch_lora_weights.safetensors, say)')
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise MarbleError(f'{field}: "{source}" is neither a file, a folder nor a hub id (owner/name)')
+    before = _adapters(pipe)
     try:
         if not hasattr(pipe, "load_lora_weights"):
             _load_for_peft(pipe, path, **options)
@@ -237,6 +238,13 @@ def load_lora(pipe: Any, source: str, field: str, **options: Any) -> None:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MarbleError(f'{field}: the LoRA in "{source}" does not fit this model: {reason}') from error
+    if _adapters(pipe) == before:  # Diffusers only logs that it found nothing
+        raise MarbleError(f'{field}: nothing of the LoRA in "{source}" belongs to a {type(pipe).__name__}')
+
+
+def _adapters(pipe: Any) -> int:
+    """How many adapters a pipeline's components have, all together."""
+    return sum(len(getattr(module, "peft_config", None) or {}) for module in pipe.components.values())
 
 
 def _load_for_peft(pipe: Any, folder: Path, adapter_name: str = "default") -> None:

@@ -158,8 +158,9 @@ def _distinct(per_image: dict[Path, Tensor | list], count: int) -> tuple[Tensor,
     new[0] = True
     for value in per_image.values():
         if isinstance(value, Tensor):
-            flat = value.reshape(count, -1)
-            new[1:] |= (flat[1:] != flat[:-1]).any(dim=1).cpu()
+            unlike = [(a != b).any() for a, b in itertools.pairwise(value)]  # one by one: texts are large
+            if unlike:
+                new[1:] |= torch.stack(unlike).cpu()
         else:
-            new[1:] |= torch.tensor([not same(a, b) for a, b in itertools.pairwise(value)]).bool()
+            new[1:] |= torch.tensor([not same(a, b) for a, b in itertools.pairwise(value)], dtype=torch.bool)
     return new.cumsum(0) - 1, new.nonzero().flatten()
