@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from marble import MarbleError
-from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS, METHODS, OBJECTIVES
+from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS, METHODS, NEED_TORCHJD, OBJECTIVES
 from marble.config import Config, Decay, check_names, dump_config, make_config, read_config
 
 DEMO = Path(__file__).parent.parent / "src" / "marble" / "configs" / "demo.yaml"
@@ -235,3 +235,10 @@ def test_a_method_of_torchjds_is_refused_without_it(demo, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     demo["balance"] = {"method": "pcgrad"}
     assert 'balance.method: pcgrad needs TorchJD: pip install "marble-diffusion[torchjd]"' in complaint(demo)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(NEED_TORCHJD)))
+def test_a_runs_complete_config_can_be_read_again(demo, method):
+    demo["balance"] = {"method": method}
+    config = make_config(demo)
+    assert make_config(yaml.safe_load(dump_config(config))) == config

@@ -82,3 +82,124 @@ def test_by_dotted_path_and_unknown():
         load_rewards([f"{__name__}:Brightness", f"{__name__}:Brightness"])
     with pytest.raises(MarbleError, match="Did you mean"):
         load_rewards(["mini-aesthetics"])
+
+
+# ---- videos ---------------------------------------------------------------------------------------------
+
+
+class Whole(Reward):
+    name = "whole"
+    judges_videos = True
+
+    def score(self, images, records):
+        self.shape = tuple(images.shape)
+        return images[:, -1].float().mean(dim=(1, 2, 3)) - images[:, 0].float().mean(dim=(1, 2, 3))
+
+
+class Counting(Reward):
+    """Remembers what it is given, and scores a frame by its brightness."""
+
+    name = "counting"
+
+    def __init__(self):
+        self.seen = []
+
+    def score(self, images, records):
+        assert images.ndim == 4
+        self.seen.append(images[:, 0, 0, 0].tolist())
+        return images.float().mean(dim=(1, 2, 3))
+
+
+class Now(Counting):
+    """Judges a group of one moment together."""
+
+    name = "now"
+    groupwise = True
+
+
+class NotBlack(Reward):
+    name = "not black"
+
+    def score(self, images, records):
+        scores = images.float().mean(dim=(1, 2, 3))
+        return torch.where(scores > 0, scores, torch.nan)
+
+
+def videos(*rows):
+    """`[N, F, 3, 2, 2]` of frames of one brightness each, in 255ths."""
+    return (torch.tensor(rows) / 255)[:, :, None, None, None].expand(-1, -1, 3, 2, 2).contiguous()
+
+
+CLIPS = videos([0.0, 30, 60, 90, 120], [10, 10, 10, 10, 10], [0, 0, 0, 0, 5], [200, 100, 0, 100, 200])
+
+
+def score_of(reward, frames=None, clips=CLIPS):
+    return score_images([reward], clips, RECORDS, GROUPS, frames=frames).scores[:, 0].tolist()
+
+
+def test_a_reward_for_images_judges_the_frames_and_their_mean_counts():
+    assert score_of(Brightness()) == [60.0, 10.0, 1.0, 120.0]
+    assert score_of(Floats()) == pytest.approx([each / 255 for each in (60.0, 10.0, 1.0, 120.0)])
+
+
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
+        (2, [60.0, 10.0, 2.5, 200.0]),  # the first and the last
+        (3, [60.0, 10.0, 5 / 3, 400 / 3]),  # and the middle
+        (5, [60.0, 10.0, 1.0, 120.0]),
+        (9, [60.0, 10.0, 1.0, 120.0]),  # no more than there are
+    ],
+)
+def test_some_frames_evenly_spaced(frames, expected):
+    assert score_of(Brightness(), frames) == pytest.approx(expected)
+    counting = Counting()
+    score_of(counting, frames)
+    assert len(counting.seen) == min(frames, 5)
+    assert all(len(moment) == 4 for moment in counting.seen)
+
+
+def test_a_reward_for_videos_gets_them_whole_however_few_frames_are_judged():
+    reward = Whole()
+    assert score_of(reward, frames=2) == [120.0, 0.0, 5.0, 0.0]
+    assert reward.shape == (4, 5, 3, 2, 2)
+
+
+def test_groups_of_a_video_are_of_one_moment():
+    reward = Now()
+    assert score_of(reward, frames=2) == [60.0, 10.0, 2.5, 200.0]
+    assert reward.seen == [[0, 0], [120, 5], [10, 200], [10, 200]]  # prompt a's videos, then b's
+
+
+def test_a_frame_without_a_score_takes_no_part_in_the_mean():
+    assert score_of(NotBlack())[:3] == [75.0, 10.0, 5.0]
+    table = score_images([NotBlack()], 0 * CLIPS, RECORDS, GROUPS)
+    assert not table.applies.any()
+
+
+def test_a_video_reward_that_answers_for_frames_is_refused():
+    class ByFrame(Whole):
+        name = "by frame"
+
+        def score(self, images, records):
+            return images.float().mean(dim=(2, 3, 4))
+
+    with pytest.raises(
+        MarbleError, match=r"reward by frame: score\(\) must return one number an image, \[4\], got .*4, 5"
+    ):
+        score_of(ByFrame())
+
+
+def test_an_object_with_no_more_than_is_asked_of_a_reward():
+    """`load_rewards` wants a name, `applies` and `score` of it."""
+
+    class Duck:
+        name = "duck"
+
+        def applies(self, record):
+            return True
+
+        def score(self, images, records):
+            return images.float().mean(dim=(1, 2, 3))
+
+    assert score_of(Duck(), clips=CLIPS[:, 1]) == [30.0, 10.0, 0.0, 100.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a device's memory is used up."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def forget(device: torch.device) -> None:
@@ -25,10 +27,14 @@ def forget(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that can still be had; physical memory for the CPU."""
+    """Memory of a device that can still be had: of the CPU what is not in use, files in its cache not counted."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux: all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def full_training_bytes(parameters: int, rewards: int, *, adam_bytes: int = 8) -> dict[str, int]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 RESERVED_CALL = (
     *("prompt", "num_images_per_prompt", "num_videos_per_prompt", "num_inference_steps"),
-    *("guidance_scale", "generator", "output_type"),
+    *("guidance_scale", "true_cfg_scale", "generator", "output_type", "return_dict", "sigmas", "timesteps"),
 )
 """Arguments of a pipeline's call that training sets itself."""
 

@@ -228,6 +228,8 @@ class _Update:
         if self.broken and self.updater.scale > 1:
             self.updater.back_off(self.broken)
             return {"update": self.updater.updates, "skipped": self.broken, "scale": self.updater.scale}
+        if self.broken and self.due and self.mixture is None:
+            self.updater.back_off(self.broken)  # at the lowest scale: says so, and ends the run
         direction = None
         if self.rows is not None and self.mixture is not None:
             direction = self.rows.mix(self.mixture)

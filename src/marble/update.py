@@ -63,7 +63,7 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         self.fine += 1
-        if self.scale > 1 and self.fine % _GROWS_AFTER == 0:
+        if self.config.model.dtype == "float16" and self.fine % _GROWS_AFTER == 0:
             self.scale = min(2 * self.scale, _SCALE)
         self.policy.copy_adapter("default", "ema", keep=min((1 + self.updates) / (10 + self.updates), self.config.ema))
         return norm.item()

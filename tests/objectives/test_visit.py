@@ -1,9 +1,14 @@
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from marble import Policy, awm_loss, nft_loss
 from marble.config import Objective
-from marble.objectives.visit import plan_epoch, visit_loss
+from marble.noise import NoiseLevels
+from marble.objectives.visit import Visits, _loss, plan_epoch, visit_loss
+from marble.policy import Prediction
 from marble.prompts import PromptBatch, Record
 from marble.rollout import collect
 
@@ -173,3 +178,133 @@ def test_a_visits_loss_does_not_depend_on_its_neighbours(policy, rollout):
         one, one_kl = visit_loss(policy, rollout, visits, settings)
         for part, whole in ((one.const, loss.const), (one.slope, loss.slope), (one_kl, kl)):
             torch.testing.assert_close(part[0], whole[n], rtol=1e-4, atol=1e-6)
+
+
+# ---- the loss in the network's own terms ----------------------------------------------------------------
+
+
+class Linear:
+    """A policy whose outputs are multiples of what it is given, one for each version; in double precision."""
+
+    slopes = (("default", 0.7), ("old", 0.5), (None, 0.4))
+
+    def __init__(self):
+        self.slopes = {name: torch.tensor(slope, dtype=torch.float64) for name, slope in type(self).slopes}
+        self.slopes["default"].requires_grad_(True)
+        self.asked = []
+
+    def predict(self, x_t, levels, conditioning, adapter):
+        output = self.slopes[adapter] * x_t + 0.1
+        self.asked.append((adapter, output))
+        return Prediction(levels.clean(x_t, output), output)
+
+
+class Texts:
+    """No conditioning at all."""
+
+    def __getitem__(self, images):
+        return self
+
+    def expanded(self):
+        return self
+
+
+def made_up(prediction, sigmas):
+    """Three images of eight numbers, to be visited at these levels."""
+    sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    alphas = 1 - sigmas if prediction == "flow_prediction" else (1 - sigmas**2).sqrt()
+    x0 = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    levels = NoiseLevels(alphas, sigmas, 1000 * sigmas, prediction)
+    rollout = SimpleNamespace(samples=SimpleNamespace(x0=x0, levels=levels, conditioning=Texts()))
+    return rollout, Visits(torch.tensor([2, 0, 1]), torch.tensor([0, 1, 2]), (5, 6, 7))
+
+
+def outputs_at(visits, rollout, policy):
+    """`[M, D]`: the target of the network's output at the visits, and the versions' outputs."""
+    x0 = rollout.samples.x0[visits.images]
+    noise = torch.stack([torch.randn(2, 4, generator=torch.Generator().manual_seed(s)) for s in visits.noise_seeds])
+    targets = {"flow_prediction": noise - x0, "epsilon": noise.double()}
+    target = targets[rollout.samples.levels.prediction]
+    return target.flatten(1), *(dict(policy.asked)[name].flatten(1) for name in ("default", "old"))
+
+
+@pytest.mark.parametrize(("prediction", "power"), [("flow_prediction", 0), ("epsilon", 1)])
+def test_the_loss_on_clean_latents_is_that_on_outputs(prediction, power):
+    """In x0 and in the output alike: an error of `gain · e` has `L = gain · mean e² / mean |e|`, times the weight.
+
+    For a velocity that is `sigma mean e² / mean |e|`. For noise the gain is `sigma / alpha` and the weight alpha, so
+    that it is the same: the noisiest visits do not drown the others.
+    """
+    rollout, visits = made_up(prediction, [0.9, 0.5, 0.1])
+    policy, beta, amax = Linear(), 0.3, 4.0
+    loss, _ = visit_loss(policy, rollout, visits, Objective(beta=beta, amax=amax, kl=0.0, timesteps=1))
+    target, theta, old = outputs_at(visits, rollout, policy)
+    sigma = rollout.samples.levels.sigmas
+
+    def scaled(output):
+        error = output - target
+        return sigma * error.square().mean(1) / error.detach().abs().mean(1)
+
+    plus, minus = scaled(beta * theta + (1 - beta) * old), scaled((1 + beta) * old - beta * theta)
+    torch.testing.assert_close(loss.const, amax * (plus + minus) / (2 * beta), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.slope, (plus - minus) / (2 * beta), rtol=1e-6, atol=1e-9)
+    (found,) = torch.autograd.grad((loss.const + 0.7 * loss.slope).sum(), policy.slopes["default"], retain_graph=True)
+    by_hand = amax * (plus + minus) / (2 * beta) + 0.7 * (plus - minus) / (2 * beta)
+    (expected,) = torch.autograd.grad(by_hand.sum(), policy.slopes["default"])
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_penalty_is_on_outputs_whatever_is_predicted():
+    for prediction in ("flow_prediction", "epsilon"):
+        rollout, visits = made_up(prediction, [0.9, 0.5, 0.1])
+        policy = Linear()
+        _, kl = visit_loss(policy, rollout, visits, Objective(kl=0.1, timesteps=1))
+        outputs = dict(policy.asked)
+        gap = (outputs["default"] - outputs[None]).square().mean(dim=(1, 2))
+        torch.testing.assert_close(kl, gap)
+        assert kl.requires_grad
+
+
+def one_number(prediction, alpha, x0, theta, old):
+    """The arguments of `_loss` for an image of one number at sigma 0.8."""
+    levels = NoiseLevels(torch.tensor([alpha]), torch.tensor([0.8]), torch.tensor([500.0]), prediction)
+    x0, theta, old = (torch.tensor([[value]]) for value in (x0, theta, old))
+    return x0, Prediction(theta, theta), Prediction(old, old), levels
+
+
+# x0 = 2, theta says 3 and old 2.5; beta 0.5: x+ = 2.75 and x− = 2.25, L+ = 0.75² / 0.75 = 0.75, L− = 0.25;
+# const = 5 · 1 / (2 · 0.5) = 5 and slope = 0.5, times alpha = 0.6 where noise is predicted and sigma where x0 is.
+@pytest.mark.parametrize(
+    ("prediction", "weight"), [("flow_prediction", 1.0), ("v_prediction", 1.0), ("epsilon", 0.6), ("sample", 0.8)]
+)
+def test_nft_by_hand(prediction, weight):
+    loss = _loss(*one_number(prediction, 0.6, 2.0, 3.0, 2.5), Objective(beta=0.5, amax=5.0, timesteps=1))
+    assert loss.const.item() == pytest.approx(5 * weight)
+    assert loss.slope.item() == pytest.approx(0.5 * weight)
+    assert loss.effective(torch.tensor([[7.0, -9.0, 1.0]])).tolist() == [[5.0, -5.0, 1.0]]
+
+
+# Noise moves x0 by 0.8 / 0.6, so errors of noise are 0.75² = 0.5625 times those of x0: 0.5625 and 0.140625;
+# the ratio is exp(0.140625 − 0.5625), the pull 2 · 0.5625 · 0.25. Errors of a velocity: 1 / 0.64 times.
+@pytest.mark.parametrize(
+    ("prediction", "slope", "const"),
+    [
+        ("epsilon", -math.exp(-0.421875), 0.28125),
+        ("flow_prediction", -math.exp(-0.75 / 0.64), 0.5 / 0.64),
+        ("sample", -math.exp(-0.75), 0.5),
+    ],
+)
+def test_awm_by_hand(prediction, slope, const):
+    settings = Objective(name="awm", pull=2.0, timesteps=1)
+    loss = _loss(*one_number(prediction, 0.6, 2.0, 3.0, 2.5), settings)
+    assert loss.slope.item() == pytest.approx(slope, rel=1e-5)
+    assert loss.const.item() == pytest.approx(const, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 100])
+def test_a_plan_by_tables_visits_the_same_and_mixes_none(micro_batch):
+    tables = torch.tensor([0, 1, 0, 2, 2, 1, 0, 0, 2, 1])
+    parts = plan(tables=tables, micro_batch=micro_batch, updates=3)
+    assert all(len(tables[v.images].unique()) == 1 for part in parts for v in part)
+    for part, without in zip(parts, plan(updates=3), strict=True):
+        assert noises([(0, part)]) == noises([(0, without)])

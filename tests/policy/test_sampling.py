@@ -1,6 +1,7 @@
 """Calls of a pipeline, in halves where memory is short, and by one set of arguments."""
 
 import inspect
+import itertools
 import logging
 from unittest.mock import patch
 
@@ -81,7 +82,7 @@ def test_pieces_are_the_same_images_in_the_same_order_however_little_fits(prompt
         made = list(in_pieces(list(jobs(prompts, group, batch)), work, CPU))
     assert [image for part in made for image in part] == all_images(prompts, group)
     failed = [size for size in tried if size > fits]
-    assert all(later <= (earlier + 1) // 2 for earlier, later in zip(failed, failed[1:], strict=False))
+    assert all(later <= (earlier + 1) // 2 for earlier, later in itertools.pairwise(failed))
 
 
 def test_pieces_by_hand(caplog):
@@ -159,8 +160,7 @@ def short_of_memory(policy, most, monkeypatch, message="CUDA out of memory. Trie
     return seen
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 5])
-@pytest.mark.parametrize("name", ["sd3", "sana", "qwenimage"])
+@pytest.mark.parametrize(("name", "most"), [("sd3", 1), ("sd3", 5), ("sana", 3), ("qwenimage", 2)])
 def test_little_memory_makes_the_same_images(policies, name, most, monkeypatch, caplog):
     policy, seeds = policies(name), list(range(12))
     expected = policy.sample(TEXTS, seeds, steps=3)
@@ -233,6 +233,18 @@ def test_unknown_arguments_are_refused_with_the_nearest(policies):
     policy = policies("sd3")
     with pytest.raises(MarbleError, match=r'model\.call: .*Pipeline takes no heigth\. Did you mean "height"\?'):
         Caller(policy.pipe, {"heigth": 32}, policy.part)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("qwenimage", {"true_cfg_scale": 2.0}),
+        ("sd3", {"return_dict": False}),
+    ],
+)
+def test_arguments_that_clash_with_those_of_every_call(policies, name, call):
+    with pytest.raises(MarbleError, match=next(iter(call))):
+        Policy(policies(name).pipe, call_of(name) | call).sample(TEXTS, [1, 2, 3], steps=2)
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def model_of(shape: Shape, rank: int, parameters: int | None = None) -> Model:
 def constants(given: dict[str, float], measured: dict[str, float], where: str) -> Constants:
     """The defaults, over them what was measured (`where`), and over that what was given."""
     numbers = {f.name: getattr(Constants(), f.name) for f in fields(Constants) if f.name != "sources"}
-    sources = SOURCES | {name: f"measured: {where}" for name in measured} | {name: "given" for name in given}
+    sources = SOURCES | dict.fromkeys(measured, f"measured: {where}") | dict.fromkeys(given, "given")
     return Constants(**{**numbers, **measured, **given}, sources=sources)
 
 

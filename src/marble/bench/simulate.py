@@ -26,6 +26,8 @@ from marble.errors import MarbleError
 from marble.gradients.rows import Rows, gram_of
 
 WAYS = ("whole", "scattered")
+BLOCK = 49_152
+"""Numbers of a parameter: a factor of a LoRA of rank 32 on a layer of width 1536."""
 PATIENCE = 600
 """Seconds that processes wait for each other."""
 
@@ -101,7 +103,7 @@ def simulate(processes: int, sizes: Sequence[tuple[int, int]], repeats: int = 5)
     Returns:
         For every size: `parameters`, `rows`, `processes`, `error` (largest relative difference of Gram and direction
         between the two ways), and for each way `handed_bytes`, `message_seconds`, `seconds` (Gram and direction
-        included; of the middle round) and `extra_bytes` (the most memory beyond the rows, None where the
+        included; of the quickest round, both) and `extra_bytes` (the most memory beyond the rows, None where the
         system does not say).
 
     Raises:
@@ -133,7 +135,7 @@ def simulate(processes: int, sizes: Sequence[tuple[int, int]], repeats: int = 5)
 
 
 def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """a and b of `seconds = a + b bytes`, by least squares of relative errors, neither below 0.
+    """The a and b of `seconds = a + b bytes`, by least squares of relative errors, neither below 0.
 
     Args:
         points: (bytes, seconds), two or more.
@@ -204,12 +206,13 @@ def _measure(parameters: int, count: int, repeats: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(dist.get_rank())
     start = torch.randn(count, parameters, generator=generator)
     mixture = torch.linspace(0.5, 1.5, count, dtype=torch.float64)
-    halves = [parameters // 2, parameters - parameters // 2]
-    rows = Rows((count - 1, 1), halves, dtype=start.dtype, device=start.device, whole=True)
+    blocks = [len(block) for block in torch.empty(parameters).split(BLOCK)]
+    rows = Rows((count - 1, 1), blocks, dtype=start.dtype, device=start.device, whole=True)
     ways: dict[str, Any] = {}
     answers = []
     for way, work in zip(WAYS, (whole, scattered), strict=True):
-        rounds, extra = [], []
+        rounds: list[tuple[float, float]] = []
+        extra: list[int] = []
         for _ in range(repeats + 1):
             rows.matrix().copy_(start)
             dist.barrier()
@@ -218,12 +221,13 @@ def _measure(parameters: int, count: int, repeats: int) -> dict[str, Any]:
                 began = time.perf_counter()
                 answer = work(rows, mixture)
                 seconds = time.perf_counter() - began
-            extra.append(None if before is None else _status("VmHWM") - before)
+            if before is not None:
+                extra.append(_status("VmHWM") - before)
             rounds.append((seconds, seen.seconds))
         answers.append(answer)
-        middle = sorted(rounds[1:])[repeats // 2]
-        ways[way] = {"handed_bytes": seen.bytes, "seconds": middle[0], "message_seconds": middle[1]}
-        ways[way]["extra_bytes"] = None if None in extra else max(extra[1:])
+        seconds, messages = map(min, zip(*rounds[1:], strict=True))  # what else runs here only adds
+        ways[way] = {"handed_bytes": seen.bytes, "seconds": seconds, "message_seconds": messages}
+        ways[way]["extra_bytes"] = max(extra[1:]) if extra else None
     pairs = zip(answers[0], answers[1], strict=True)
     error = max(((b.double() - a.double()).norm() / a.double().norm()).item() for a, b in pairs)
     processes = dist.get_world_size()

@@ -20,7 +20,7 @@ class Bench:
 
     Arms run in turn in one process, so that their ratios hold on a busy machine. `mini` is measured over whole epochs,
     rollout and rewards included, on the CPU as the demo trains it; the other shapes have random weights and are
-    measured over the update phase.
+    measured over the update phase. `marble bench scale` predicts what a run costs on many GPUs.
 
     example: marble bench sd3-small --rewards 5 20 --json bench.json
     """
@@ -53,6 +53,10 @@ class Bench:
 
 def run(argv: list[str]) -> int:
     """The command."""
+    if argv[:1] == ["scale"]:
+        from marble.cli import scale
+
+        return scale.run(argv[1:])
     args = tyro.cli(Bench, args=argv, prog="marble bench")
     for library in ("KINETO_LOG_LEVEL", "TORCH_CPP_LOG_LEVEL"):  # read when torch is imported: the profiler talks
         os.environ.setdefault(library, "99" if library.startswith("KINETO") else "ERROR")
@@ -71,7 +75,7 @@ def run(argv: list[str]) -> int:
 
 def _check(args: Bench, shapes: dict[str, Any]) -> None:
     if args.shape != "mini" and args.shape not in shapes:
-        known = ["mini", *shapes]
+        known = ["mini", "scale", *shapes]
         raise MarbleError(f'no shape "{args.shape}".{nearest(args.shape, known)} Known: {", ".join(known)}')
     for name in (
         ("rewards", "batch", "rank", "checkpointing", "dtype", "device", "slow") if args.shape == "mini" else ()
@@ -136,7 +140,7 @@ def _print_epoch(result: dict[str, Any]) -> None:
     rows: list[tuple[str, ...]] = [("", "s an epoch", "speed against the weighted sum")]
     for name, row in result["arms"].items():
         rows.append((name, _number(row["seconds"], 2), _number(row["speed"], 3)))
-    _table(rows)
+    print_table(rows)
     phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in result["phases"].items())
     print(f"seconds of a weighted-sum epoch: {phases}")
 
@@ -152,7 +156,7 @@ def _print_update(result: dict[str, Any]) -> None:
     for name, row in result["arms"].items():
         peak = f"{row['peak_bytes'] / 2**20:.0f} MiB, {row['peak_bytes'] / base:.3f}×" if "peak_bytes" in row else ""
         rows.append((name, _number(row["seconds"], 3), _number(row["against_weighted_sum"], 3) + "×", peak))
-    _table(rows)
+    print_table(rows)
     print(
         f"exact over the floor of two plain backwards {_number(result['over_floor'], 3)}; the engine's share of an "
         f"exact update {100 * result['engine_share']['median']:.1f}%; relative error of its gradients "
@@ -164,7 +168,8 @@ def _number(values: dict[str, float], digits: int) -> str:
     return f"{values['median']:.{digits}f} [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
 
 
-def _table(rows: list[tuple[str, ...]]) -> None:
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Columns, each as wide as its widest cell."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -369,6 +369,8 @@ class PerRewardGradients:
         unlike = 1 + 0.5 * torch.arange(1, self._samples + 1, device=losses.device).to(losses.dtype).sin()
         rows = self.rows(2, 0)
         self._sweep(losses, torch.stack([unlike, -unlike], dim=1), rows, 0, keep=True)
+        if self._anywhere(not rows.gram().isfinite().all()):  # an overflow here says nothing of the module either
+            return
         low = self._half or self._low_precision or torch.backends.cuda.matmul.allow_tf32
         wrong, tolerance = set(), 0.05 if low else 1e-3
         least = 1e-3 * tolerance * rows.gram()[0, 0].sqrt().item()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from marble.errors import MarbleError
-from marble.policy.weights import load_lora
+from marble.policy.weights import merge_lora
 from marble.registry import known, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,9 +101,7 @@ def load_pipeline(
     except (OSError, ValueError, AttributeError, KeyError, TypeError, ImportError) as error:
         raise MarbleError(f'model "{id_or_path}" could not be loaded: {_reason(error, id_or_path)}') from error
     for source in merge:
-        load_lora(pipe, source, "model.merge")
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
+        merge_lora(pipe, source, "model.merge")
     return pipe
 
 
@@ -166,7 +164,10 @@ def save_memory(
             vae = getattr(pipe, "vae", None)
             if not hasattr(vae, method):
                 raise MarbleError(f"model.{field}: {type(vae).__name__} does not support it; leave it out")
-            getattr(vae, method)()
+            try:
+                getattr(vae, method)()
+            except NotImplementedError as error:
+                raise MarbleError(f"model.{field}: {type(vae).__name__} does not support it; leave it out") from error
 
 
 def denoiser_of(pipe: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from marble.errors import MarbleError
+from marble.memory import is_out_of_memory
 from marble.noise import NoiseLevels, levels_of, make_scheduler
 from marble.policy.loading import DTYPES, denoiser_of, find_device, load_pipeline, place, save_memory
 from marble.policy.sampling import Caller, Job, Samples, images_of, in_pieces, jobs
@@ -215,6 +216,13 @@ class Policy:
                 except PromptsMixedUpError:
                     self.caller.repeats_texts = True
                     self._manner = learn(self.pipe, self.part, call)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise MarbleError(
+                        "out of memory while watching the pipeline make up to 4 images at once, without gradients: "
+                        "lower their size (model.call), or use model.dtype, model.offload or model.quantize"
+                    ) from error
         return self._manner
 
     @torch.no_grad()

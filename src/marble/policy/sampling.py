@@ -14,6 +14,7 @@ from torch import Tensor
 from marble.errors import MarbleError, nearest
 from marble.memory import forget, is_out_of_memory
 from marble.noise import NoiseLevels
+from marble.rules import RESERVED_CALL
 from marble.watch import Conditioning
 
 GUIDANCE_OFFSET = {
@@ -135,6 +136,8 @@ class Caller:
         for name in self.call:
             if name not in self.known:
                 raise MarbleError(f"model.call: {type(pipe).__name__} takes no {name}.{nearest(name, self.known)}")
+            if name in RESERVED_CALL:
+                raise MarbleError(f"model.call: {name} is set by other settings; leave it out")
 
     def __call__(
         self, prompts: Sequence[str], each: int, steps: int, guidance: float, seeds: Sequence[int], **call: Any
@@ -150,8 +153,7 @@ class Caller:
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
             **repeat,
-            **self.guided(guidance),
-            **{**self.call, **call},
+            **{**self.guided(guidance), **self.call, **call},
         )
 
     def guided(self, guidance: float) -> dict[str, Any]:
@@ -182,6 +184,8 @@ class Caller:
             reason = str(error) or type(error).__name__
             raise MarbleError(f"{type(self.pipe).__name__} refuses: {reason}") from error
         except RuntimeError as error:  # those that do not look at sizes before they use them
+            if is_out_of_memory(error):
+                raise
             if "size" not in str(error) and "shape" not in str(error):
                 raise
             sizes = {name: value for name, value in call.items() if name in ("height", "width", "num_frames")}

@@ -234,12 +234,51 @@ def load_lora(pipe: Any, source: str, field: str, **options: Any) -> None:
         if not hasattr(pipe, "load_lora_weights"):
             _load_for_peft(pipe, path, **options)
             return
+        strangers = _strangers(pipe, source)
         pipe.load_lora_weights(source, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MarbleError(f'{field}: the LoRA in "{source}" does not fit this model: {reason}') from error
+    if strangers:
+        raise MarbleError(
+            f'{field}: the LoRA in "{source}" is another model\'s: {len(strangers)} of its layers are not in this one, '
+            f"{', '.join(strangers[:3])}"
+        )
     if _adapters(pipe) == before:  # Diffusers only logs that it found nothing
         raise MarbleError(f'{field}: nothing of the LoRA in "{source}" belongs to a {type(pipe).__name__}')
+
+
+def merge_lora(pipe: Any, source: str, field: str) -> None:
+    """Add a LoRA to the weights for good.
+
+    Raises:
+        MarbleError: as `load_lora`.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    load_lora(pipe, source, field)
+    if hasattr(pipe, "fuse_lora"):
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        return
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    for name, layer in list(denoiser.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            denoiser.set_submodule(name, layer.get_base_layer())
+    del denoiser.peft_config
+
+
+def _strangers(pipe: Any, source: str) -> list[str]:
+    """Layers of the denoiser that a LoRA's file has and the model has not, of which Diffusers only warns."""
+    if not hasattr(pipe, "lora_state_dict"):
+        return []
+    state = pipe.lora_state_dict(source, use_safetensors=True)
+    state = state[0] if isinstance(state, tuple) else state
+    part = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+    own = {name for name, _ in getattr(pipe, part).named_modules()}
+    found = {key.split(".lora_A.")[0] for key in state if key.startswith(part + ".") and ".lora_A." in key}
+    return sorted(layer for layer in found if layer.removeprefix(part + ".") not in own)
 
 
 def _adapters(pipe: Any) -> int:
@@ -256,6 +295,9 @@ def _load_for_peft(pipe: Any, folder: Path, adapter_name: str = "default") -> No
     inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), denoiser, adapter_name=adapter_name)
     state = load_file(folder / PEFT_FILE)
     own = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    names = {name for name, _ in denoiser.named_modules()}
+    if strangers := sorted({key.split(".lora_")[0] for key in own} - names):
+        raise ValueError(f"{len(strangers)} of its layers are not in this one, {', '.join(strangers[:3])}")
     set_peft_model_state_dict(denoiser, own, adapter_name=adapter_name)
 
 

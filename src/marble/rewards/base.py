@@ -109,9 +109,9 @@ def score_images(
     scores = torch.full((len(images), len(rewards)), torch.nan, dtype=torch.float64)
     for k, reward in enumerate(rewards):
         judged = torch.tensor([reward.applies(record) for record in records], dtype=torch.bool)
-        pictures = images if reward.wants_floats else as_bytes
+        pictures = images if getattr(reward, "wants_floats", False) else as_bytes
         parts = [judged]
-        if reward.groupwise:
+        if getattr(reward, "groupwise", False):
             parts = [judged & (group_ids == g) for g in group_ids[judged].unique()]
         for part in parts:
             chosen = part.nonzero().flatten()
@@ -119,6 +119,11 @@ def score_images(
                 some = [records[i] for i in chosen.tolist()]
                 scores[chosen, k] = _score(reward, pictures[chosen], some, frames)
     return RewardTable([reward.name for reward in rewards], scores, ~scores.isnan())
+
+
+def _spaced(count: int, some: int) -> Tensor:
+    """`some` of `count` frames from the first to the last; the middle one of one."""
+    return torch.tensor([count // 2]) if some == 1 else torch.linspace(0, count - 1, some).round().long()
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ def _score(reward: Reward, pictures: Tensor, records: list[Record], frames: int 
     """`[N]` float64 scores of pictures or videos, NaN for those that are not finite."""
     if pictures.ndim == 5 and not getattr(reward, "judges_videos", False):
         if frames is not None and frames < pictures.shape[1]:
-            pictures = pictures[:, torch.linspace(0, pictures.shape[1] - 1, frames).round().long()]
+            pictures = pictures[:, _spaced(pictures.shape[1], frames)]
         each = [_score(reward, frame, records, None) for frame in pictures.unbind(1)]  # groups of one moment each
         return torch.stack(each).nanmean(dim=0)
     result = torch.as_tensor(reward.score(pictures, records))

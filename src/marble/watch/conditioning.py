@@ -20,6 +20,11 @@ class Table:
     per_prompt: dict[Path, Tensor | list]  # each [P, …], or P things of shapes of their own
     shared: dict[str, Any]  # the whole arguments, with None where `per_prompt` stands
 
+    @property
+    def length(self) -> int:
+        """P; 0 if nothing differs between prompts."""
+        return len(next(iter(self.per_prompt.values()), ()))
+
     def like(self, other: Table) -> bool:
         """Whether both could come from one call."""
         return (
@@ -120,7 +125,7 @@ class Conditioning:
                     lengths.append(0)
                 number[t], offset[t] = which, lengths[which]
                 gathered[which].append(table)
-                lengths[which] += int(part.rows[part.table_of == t].max()) + 1
+                lengths[which] += table.length or int(part.rows[part.table_of == t].max()) + 1
             table_of.append(number[part.table_of])
             rows.append(part.rows + offset[part.table_of])
         tables = tuple(_joined(found) for found in gathered)

@@ -19,8 +19,8 @@ from marble.watch.manner import Manner, as_sample
 from marble.watch.tree import Path, children, leaves, name_of, same
 from marble.watch.watch import Watch
 
-_PROMPTS = ("a photo of a red cat", "two photos of one blue dog in an old town")
-"""Of lengths that are no small numbers and differ: a text's length must not pass for a number of images."""
+_PROMPTS = ("a red hat", "one blue dog at sea")
+"""Short, of different lengths, and of more than two words: a text's length must not pass for a number of images."""
 _IMAGES = 2  # of every prompt; the first call has one prompt, the second two
 
 _PARALLEL = 0.999  # cosine of the denoiser's latents with the scheduler's sample
@@ -49,6 +49,8 @@ def learn(pipe: Any, part: str, call: Callable[[Sequence[str], int, int], Any]) 
         watch.check_calls()
         watches.append(watch)
     watch, name = watches[0], f"{type(pipe).__name__} cannot be watched"
+    if any(len(each.calls) < 2 for each in watches):
+        raise MarbleError(f"{name}: expected two steps when asked for two, saw {len(watch.calls)}")
     first, second = watch.calls[:2]
     sample, output = watch.tensors(0)
     if len(sample) != _IMAGES:
@@ -196,8 +198,12 @@ def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _at(tree: Any, path: Path) -> Any:
+    """What is at `path`; None if it is not there."""
     for key in path:
-        tree = tree[key]
+        try:
+            tree = tree[key]
+        except (KeyError, IndexError, TypeError):
+            return None
     return tree
 
 

@@ -53,10 +53,10 @@ def as_sample(output: Any, like: Tensor) -> Tensor:
     A list is stacked, dims of length 1 go, and of twice the channels (models that also learnt a variance) the first
     half is taken.
     """
-    if isinstance(output, (tuple, dict)):
+    if isinstance(output, dict):  # Diffusers' and Transformers' outputs are such
+        output = next(iter(output.values()))
+    elif isinstance(output, tuple):
         output = output[0]
-    elif hasattr(output, "to_tuple"):
-        output = output.to_tuple()[0]
     if isinstance(output, (list, tuple)):
         output = torch.stack(list(output))
     if output.ndim == like.ndim and output.shape[1] == 2 * like.shape[1]:

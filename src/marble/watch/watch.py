@@ -92,7 +92,7 @@ class Watch:
             return
         hint = ""
         if len(self.calls) == 2 * len(self.steps) > 0:
-            hint = " (two calls a step: is that classifier-free guidance? Training goes without; set rollout.guidance)"
+            hint = " (is that classifier-free guidance? Training goes without; set rollout.guidance to 1)"
         raise MarbleError(
             f"{type(self.pipe).__name__} cannot be watched: expected one call of {self.part} for every scheduler.step, "
             f"saw {len(self.calls)} and {len(self.steps)}{hint}"
@@ -111,7 +111,8 @@ class Watch:
             conditioning = Conditioning.of_call(manner, self.calls[0], count)
         except (KeyError, ValueError, TypeError) as error:
             raise MarbleError(
-                f"{type(self.pipe).__name__} called its {self.part} otherwise than when it was watched: {error}"
+                f"{type(self.pipe).__name__} called its {self.part} otherwise than when it was watched: {error} (with "
+                "classifier-free guidance? Training goes without; set rollout.guidance to 1)"
             ) from error
         told = torch.stack([call[manner.timestep].flatten()[0] for call in self.calls])
         steps = torch.stack([torch.as_tensor(step[0]) for step in self.steps])
