@@ -260,6 +260,8 @@ def test_paths_of_this_machine_stay_here(copy, tmp_path):
 def test_a_base_of_the_hub_is_linked_and_read_as_it_was(copy):
     model = {"id": "owner/base", "revision": "abc", "dtype": "bfloat16"}
     changed = configured(copy, model=model, rollout={"guidance": 2.5}, evaluation={"guidance": 4.5})
+    told = {"guidance": {"true_cfg_scale": 4.5, "negative_prompt": ""}}  # as this pipeline is told of guidance
+    changed.write_evaluation(changed.evaluation() | told)
     card = write_card(changed, REPO, "openrail++")
     matter, body = front_matter(card)
     assert matter["base_model"] == "owner/base"
@@ -267,7 +269,8 @@ def test_a_base_of_the_hub_is_linked_and_read_as_it_was(copy):
     assert matter["license"] == "openrail++"
     assert "[owner/base](https://huggingface.co/owner/base)" in body
     assert "from_pretrained(base, revision='abc', dtype=torch.bfloat16)" in body
-    assert "guidance_scale=4.5," in body
+    assert "true_cfg_scale=4.5," in body
+    assert "guidance_scale=" not in body
     assert "trained with guidance scale 2.5, and evaluated with guidance scale 4.5" in body
     assert "openrail++" in section(card, "License")
 

@@ -77,10 +77,10 @@ def test_files_in_the_cache_do_not_count_as_used(monkeypatch):
 
 
 def test_full_training_by_hand():
-    """A million parameters and two rewards: 4 + 12 + 4 + 8 + 3 · 4 bytes for each."""
+    """A million parameters and two rewards: 4 + 12 + 4 + 8 + 5 · 4 bytes for each."""
     parts = full_training_bytes(10**6, 2)
-    assert list(parts.values()) == [4e6, 12e6, 4e6, 8e6, 12e6]
-    assert list(parts)[-1] == "2 rewards' gradients and the common one"
+    assert list(parts.values()) == [4e6, 12e6, 4e6, 8e6, 20e6]
+    assert list(parts)[-1] == "2 rewards' gradients, the common one and two for a diagnosis"
     assert full_training_bytes(10**6, 2, adam_bytes=2)["optimiser"] == 2e6
 
 

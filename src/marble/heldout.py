@@ -31,10 +31,10 @@ class HeldOut:
         self.tracked = tracked(config)
         self.start: Evaluation | None = None
         self.strikes = 0
-        self.best = self._average()
+        self.best = self._average() if config.evaluation.early_stop else {}
 
     def _average(self) -> dict[str, Tensor]:
-        return {key: value.detach().clone() for key, value in self.parts.policy.adapter_state("ema").items()}
+        return {key: value.detach().cpu().clone() for key, value in self.parts.policy.adapter_state("ema").items()}
 
     @property
     def fallen(self) -> bool:
@@ -119,6 +119,7 @@ class HeldOut:
             "revisions": {reward.name: reward.revision for reward in self.rewards},
             "seeds": self.seeds,
             "steps": self.config.evaluation.steps,
+            "guidance": self.parts.policy.caller.guided(self.config.evaluation.guidance),
             "sources": [record.source for record in self.parts.held_out_prompts],
             "before": before.to_json(),
         }

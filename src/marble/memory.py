@@ -50,5 +50,5 @@ def full_training_bytes(parameters: int, rewards: int, *, adam_bytes: int = 8) -
         "sampling, averaged and base copies": 12 * parameters,
         "gradient": 4 * parameters,
         "optimiser": adam_bytes * parameters,
-        f"{rewards} rewards' gradients and the common one": 4 * (rewards + 1) * parameters,
+        f"{rewards} rewards' gradients, the common one and two for a diagnosis": 4 * (rewards + 3) * parameters,
     }

@@ -85,8 +85,14 @@ def levels_of(scheduler: Any, steps: Tensor, told: Tensor) -> NoiseLevels:
     """
     prediction = prediction_of(scheduler)
     one, zero = torch.ones(1), torch.zeros(1)
-    alphas = torch.cat([_noise_with(scheduler, one, zero, step) for step in steps])
-    sigmas = torch.cat([_noise_with(scheduler, zero, one, step) for step in steps])
+    try:
+        alphas = torch.cat([_noise_with(scheduler, one, zero, step) for step in steps])
+        sigmas = torch.cat([_noise_with(scheduler, zero, one, step) for step in steps])
+    except (AttributeError, TypeError, NotImplementedError, IndexError) as error:
+        raise MarbleError(
+            f"{type(scheduler).__name__} cannot be trained with: it does not say how it noises ({error}); choose "
+            f"another with rollout.scheduler: {', '.join(n for n in SCHEDULERS if n != 'own')}"
+        ) from error
     total = alphas + sigmas if prediction == "flow_prediction" else alphas.square() + sigmas.square()
     if not ((total - 1).abs() < _TOLERANCE).all():
         law = "alpha + sigma" if prediction == "flow_prediction" else "alpha² + sigma²"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from marble.errors import MarbleError
 from marble.policy import Policy, Samples
+from marble.policy.sampling import check_pictures
 from marble.prompts import PromptBatch
 from marble.watch import first_broken
 
@@ -65,6 +66,7 @@ def collect(
     broken = ~samples.x0.flatten(1).isfinite().all(dim=1)
     if broken.any():
         raise MarbleError(_blame(policy, samples, broken.nonzero().flatten()[:1].cpu(), adapter))
+    check_pictures(samples.images)
     if spare:
         own = torch.arange(len(batch.seeds))
         x0, images, conditioning = samples.x0[own], samples.images[own], samples.conditioning[own]
@@ -76,14 +78,17 @@ def _blame(policy: Policy, samples: Samples, one: Tensor, adapter: str) -> str:
     """Where the latents of `one` image stopped being finite, looked for at every level of the sampler."""
     noise = torch.randn(1, *samples.x0.shape[1:], generator=torch.Generator().manual_seed(0)).to(samples.x0)
     where = "the sampler"
+    texts = samples.conditioning[one].expanded().tables[0].per_prompt.values()
+    if not all(value.isfinite().all() for value in texts if isinstance(value, Tensor)):
+        where = "what the text encoders answer"
     for step in range(len(samples.levels)):
         at = (noise, samples.levels[torch.tensor([step])], samples.conditioning[one])
         layer = first_broken(policy.denoiser, functools.partial(policy.predict, *at, adapter=adapter))
-        if layer is not None:
+        if layer is not None and where == "the sampler":
             where = f"layer {layer} of {policy.part}"
             break
     remedy = "model.dtype: bfloat16 or float32" if policy.denoiser.dtype == torch.float16 else "a lower optimizer.lr"
     return (
-        f"sampled latents are not finite: {where} stops being so; what was learned until the last checkpoint is "
+        f"sampled latents are not finite: {where} stops being so; what was learned before is "
         f"kept; {remedy} usually helps"
     )

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 RESERVED_CALL = (
     *("prompt", "num_images_per_prompt", "num_videos_per_prompt", "num_inference_steps"),
     *("guidance_scale", "true_cfg_scale", "generator", "output_type", "return_dict", "sigmas", "timesteps"),
+    *("latents", "prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask"),
+    *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
 """Arguments of a pipeline's call that training sets itself."""
 

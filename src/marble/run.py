@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from marble.config import Config, dump_config, make_config, read_config
 from marble.distributed import is_main, world
 from marble.errors import MarbleError
@@ -126,9 +128,26 @@ class Run:
         return sorted(path.parent for path in found if not path.parent.name.endswith(".part"))
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state, None if there is none."""
+        """The newest checkpoint's state, None if there is none.
+
+        Raises:
+            MarbleError: it cannot be read; names the one before.
+        """
         folders = self.checkpoints()
-        return load_tree(folders[-1] / "state.safetensors") if folders else None
+        return read_checkpoint(folders[-1] / "state.safetensors", folders) if folders else None
+
+
+def read_checkpoint(file: Path, folders: list[Path]) -> dict[str, Any]:
+    """The state in `file`, of the newest of `folders`.
+
+    Raises:
+        MarbleError: it cannot be read; names the one before.
+    """
+    try:
+        return load_tree(file)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        before = f"delete it to go on from {folders[-2].name}" if len(folders) > 1 else "there is none before it"
+        raise MarbleError(f'the checkpoint "{folders[-1]}" cannot be read ({error}); {before}') from error
 
 
 def check_output(path: Path) -> None:

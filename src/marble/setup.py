@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from marble.balance.method import Method
-from marble.config import Config, check_names
+from marble.config import Config, check_names, dump_config
+from marble.distributed import decide, world
 from marble.errors import MarbleError
 from marble.gradients import PerRewardGradients
 from marble.memory import GIB, free_bytes, full_training_bytes
@@ -61,6 +62,23 @@ def check_config(config: Config) -> None:
         check_applies([kept[stop]], held_out[: tracked(config)], "tracked held-out prompt")
 
 
+def check_processes(config: Config) -> None:
+    """Check that the processes that a launcher started can share this run.
+
+    Raises:
+        MarbleError: there are more than prompts, or they were given different configurations.
+    """
+    if config.rollout.prompts < world():
+        raise MarbleError(
+            f"rollout.prompts: at least one prompt for each of the {world()} processes (a prompt's images are not "
+            f"split), got {config.rollout.prompts}; use {world()} or fewer processes"
+        )
+    if config.model.shard and world() == 1:
+        raise MarbleError("model.shard: a base in shards needs several processes; launch with torchrun")
+    if dump_config(config) != decide(lambda: dump_config(config)):
+        raise MarbleError("this process was given another configuration than the main one; all must have the same")
+
+
 def tracked(config: Config) -> int:
     """How many of the held-out prompts are followed on the way."""
     return max(2, round(config.evaluation.track * config.evaluation.prompts))
@@ -92,7 +110,7 @@ def held_out_prompts(config: Config) -> list[Record]:
     for source, count in zip(config.prompts, counts, strict=True):
         records = list({record.text: record for record in load_source(source.source, "held-out")}.values())
         if len(records) < count:
-            nearest = config.evaluation.prompts * len(records) // count
+            nearest = max(2, config.evaluation.prompts * len(records) // count)
             raise MarbleError(
                 f"evaluation.prompts: {config.evaluation.prompts} asks for {count} held-out prompts of "
                 f'"{source.source}", which has {len(records)}; use {nearest}'

@@ -54,5 +54,7 @@ def shard_base(denoiser: nn.Module, keep: Iterable[nn.Parameter], device: torch.
 
 
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
-    """The parts that are gathered one after the other: the items of the denoiser's own lists of modules."""
-    return [block for part in denoiser.children() if isinstance(part, nn.ModuleList) for block in part]
+    """The parts that are gathered one after the other: the items of the outermost lists of modules."""
+    if isinstance(denoiser, nn.ModuleList):
+        return list(denoiser)
+    return [block for part in denoiser.children() for block in blocks_of(part)]

@@ -169,7 +169,7 @@ class _Update:
         remedy = "a lower optimizer.lr" if self.policy.denoiser.dtype == torch.float32 else "model.dtype: float32"
         raise MarbleError(
             f"the loss of update {self.updater.updates + 1} is not finite, "
-            f"{where_broken(self.policy, rollout, visits)}; what was learned until the last checkpoint is kept; "
+            f"{where_broken(self.policy, rollout, visits)}; what was learned before is kept; "
             f"{remedy} usually helps"
         )
 
@@ -228,8 +228,8 @@ class _Update:
         if self.broken and self.updater.scale > 1:
             self.updater.back_off(self.broken)
             return {"update": self.updater.updates, "skipped": self.broken, "scale": self.updater.scale}
-        if self.broken and self.due and self.mixture is None:
-            self.updater.back_off(self.broken)  # at the lowest scale: says so, and ends the run
+        if self.broken and self.due and self.mixture is None:  # nothing was solved, and no scale is left to try
+            self.mixture = torch.ones(len(self.rows) if self.rows is not None else 0, dtype=torch.float64)
         direction = None
         if self.rows is not None and self.mixture is not None:
             direction = self.rows.mix(self.mixture)

@@ -80,8 +80,8 @@ class Updater:
             if self.config.model.dtype == "float16":
                 remedy = "model.dtype: bfloat16 or float32 usually helps"
             raise MarbleError(
-                f"the gradient of update {self.updates + 1} is not finite ({where}); what was learned until the last "
-                f"checkpoint is kept; {remedy}"
+                f"the gradient of update {self.updates + 1} is not finite ({where}); what was learned before is "
+                f"kept; {remedy}"
             )
         self.scale, self.fine = max(self.scale / 4, 1.0), 0
         self.updates += 1
@@ -108,8 +108,12 @@ class Updater:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.updates, self.fine, self.scale = state["updates"], state["fine"], state["scale"]
+        self.updates, self.fine = state["updates"], state["fine"]
+        if self.config.model.dtype == "float16":
+            self.scale = state["scale"]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr
 
 
 def broken_layers(policy: Policy) -> str:

@@ -50,7 +50,8 @@ def diffusers(run: Run, base: Base, repo: str) -> str:
         for source in model.merge
     )
     prompts = run.evaluation().get("before", {}).get("prompts") or ["a prompt"]
-    call = {"num_inference_steps": evaluation.steps, "guidance_scale": evaluation.guidance}
+    told = run.evaluation().get("guidance", {"guidance_scale": evaluation.guidance})
+    call = {"num_inference_steps": evaluation.steps, **told}
     call |= without_paths(model.call)
     given = "".join(f"    {name}={_literal(value)},\n" for name, value in call.items())
     sampler = ""

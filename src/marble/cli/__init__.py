@@ -49,6 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("marble: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        from marble.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "marble: out of memory; use model.dtype, model.checkpointing, model.offload, model.quantize, a lower "
+            "lora.rank, rollout.batch or optimizer.micro_batch, or smaller images (model.call): "
+            + str(error).splitlines()[0],
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     except BrokenPipeError:
         return 1
     except OSError as error:

@@ -51,6 +51,8 @@ class Generate:
     """auto, cpu, cuda, cuda:1"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """of the weights; float32, or the run's own"""
+    trust_remote_code: bool = False
+    """let the model's own code run, also that of a run folder's model"""
     json: Annotated[bool, tyro.conf.arg(help="print what was made as JSON")] = False
 
 
@@ -67,16 +69,21 @@ def run(argv: list[str]) -> int:
 
         run = Run(Path(model))
         config = run.config
-        changes = {"device": args.device} | ({} if args.dtype is None else {"dtype": args.dtype})
+        changes: dict[str, Any] = {"device": args.device, "trust_remote_code": args.trust_remote_code}
+        changes |= {} if args.dtype is None else {"dtype": args.dtype}
         if lora is None and config.model.train == "lora":
             lora = Path(model) / "lora"
+            if not any(lora.glob("*.safetensors")):
+                raise MarbleError(f'"{model}" has exported nothing yet: {lora} holds no LoRA')
         model, guidance = config.model.id, config.rollout.guidance if guidance is None else guidance
         policy = load_policy(config.model_copy(update={"model": config.model.model_copy(update=changes)}))
         if config.model.train == "full":
             policy.load_whole(run.path / policy.part)
     else:
         model_path(model)
-        policy = Policy.from_pretrained(model, device=args.device, dtype=args.dtype or "float32")
+        policy = Policy.from_pretrained(
+            model, device=args.device, dtype=args.dtype or "float32", trust_remote_code=args.trust_remote_code
+        )
     if lora is not None:
         policy.load_lora(lora)
     made = _make(policy, args, model, lora, 1.0 if guidance is None else guidance)

@@ -87,7 +87,8 @@ class ProgressDisplay:
             self._first_update = metrics["update"]
             self.started = time.perf_counter() - metrics["update_seconds"] - metrics["time"]["rollout"]
         for name, value in metrics.get("held_out", {}).items():
-            self.held_out.setdefault(name, []).append(value)
+            if value is not None:
+                self.held_out.setdefault(name, []).append(value)
         if self._live is not None:
             self._live.update(self._render(metrics))
         elif metrics["update"] % _PLAIN_EVERY == 0:

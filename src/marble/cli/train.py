@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marble.config import Config, demo_config_path, make_config, read_config
+from marble.config import Config, demo_config_path, dump_config, make_config, read_config
 from marble.errors import MarbleError
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ Fine-tune a model on several rewards at once.
 
   CONFIG         a YAML file; the demo's, if none is given
   --out DIR      the run folder, which must not exist yet; runs/NAME by the config's name, if not given
-  --resume RUN   go on with an interrupted run from its newest checkpoint
+  --resume RUN   go on with an interrupted run from its newest checkpoint; settings may follow that change what it
+                 takes, not what it is: {resumable}
   --json         print the result as JSON
 
 examples: marble train my.yaml --out runs/mine --optimizer.lr 1e-4 --rewards.1.weight 2
@@ -30,12 +31,20 @@ settings (N: number of the item in a list):
 """
 
 
+RESUMABLE = (
+    *("model.dtype", "model.device", "model.offload", "model.checkpointing", "model.vae_tiling", "model.vae_slicing"),
+    *("optimizer.lr", "optimizer.micro_batch", "rollout.batch", "budget.updates", "budget.minutes"),
+    *("checkpoint_every", "keep_checkpoints", "threads"),
+)
+"""Settings that a run may go on with otherwise."""
+
+
 def run(argv: list[str]) -> int:
     """The command."""
     if any(argument in ("-h", "--help") for argument in argv):
         from marble.cli.settings import describe_settings
 
-        print(USAGE + describe_settings())
+        print(USAGE.format(resumable=", ".join(RESUMABLE)) + describe_settings())
         return 0
     from marble.distributed import leave, together
 
@@ -50,9 +59,9 @@ def _run(argv: list[str]) -> int:
     options, rest = take_options(argv)
     path = Path(rest.pop(0)) if rest and not rest[0].startswith("--") else None
     if "resume" in options:
-        if path is not None or rest or "out" in options:
-            raise MarbleError("--resume goes on with a run as it was configured: give no config, --out or settings")
-        return resume(Path(options["resume"]), as_json="json" in options)
+        if path is not None or "out" in options:
+            raise MarbleError("--resume goes on with a run as it was configured: give no config and no --out")
+        return resume(Path(options["resume"]), rest, as_json="json" in options)
     source = path or demo_config_path()
     config = make_config(override(read_config(source), rest), str(source) if path else "config")
     out = Path(options.get("out") or Path("runs") / source.stem)
@@ -68,16 +77,33 @@ def start(config: Config, out: Path, *, as_json: bool = False) -> int:
     return _go(config, out, resume=False, as_json=as_json)
 
 
-def resume(path: Path, *, as_json: bool = False) -> int:
-    """Go on with an existing run."""
+def resume(path: Path, changes: list[str], *, as_json: bool = False) -> int:
+    """Go on with an existing run, some of its settings changed.
+
+    Raises:
+        MarbleError: a change would make it another run, or the run is finished.
+    """
+    from marble.cli.settings import override
     from marble.distributed import decide
     from marble.run import Run
+    from marble.storage import write_atomic
+
+    named = [argument.removeprefix("--").partition("=")[0] for argument in changes if argument.startswith("--")]
+    if fixed := [name for name in named if name not in RESUMABLE]:
+        raise MarbleError(
+            f"--resume: {', '.join(fixed)} would make another run of it; what may change is {', '.join(RESUMABLE)}"
+        )
 
     def settings() -> dict[str, Any]:
         old = Run(path)
         if "after" in old.evaluation():
             raise MarbleError(f'"{path}" is finished; start a new run with --out, or look at {path / "report.html"}')
-        return old.config.model_dump(mode="json")
+        if not changes:
+            return old.config.model_dump(mode="json")
+        file = path / "config.yaml"
+        config = make_config(override(read_config(file), changes), "--resume")
+        write_atomic(file, dump_config(config))
+        return config.model_dump(mode="json")
 
     return _go(make_config(decide(settings)), path, resume=True, as_json=as_json)
 

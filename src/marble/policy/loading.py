@@ -46,7 +46,8 @@ def find_device(device: str) -> torch.device:
     Raises:
         MarbleError: no such device here.
     """
-    if device == "auto":
+    own = device == "auto"
+    if own:
         if torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
         else:
@@ -57,6 +58,10 @@ def find_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise MarbleError(f'model.device: "{device}" cannot be used here: {reason}') from error
+    if found.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise MarbleError(f'model.device: "{device}" holds no numbers; use auto, cpu or cuda')
+    if found.index is not None and not own and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise MarbleError(f'model.device: several processes cannot all have "{device}"; use auto')
     return found
 
 
@@ -93,10 +98,10 @@ def load_pipeline(
     options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant}
     if trust_remote_code:
         options["trust_remote_code"] = True
-    if quantize:
-        options["quantization_config"] = _quantization(path, quantize, dtype, text_too)
     options = {name: value for name, value in options.items() if value is not None}
     try:
+        if quantize:
+            options["quantization_config"] = _quantization(path, quantize, dtype, text_too, revision)
         pipe = DiffusionPipeline.from_pretrained(path, **options)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, ImportError) as error:
         raise MarbleError(f'model "{id_or_path}" could not be loaded: {_reason(error, id_or_path)}') from error
@@ -196,7 +201,7 @@ def _is_quantized(module: torch.nn.Module) -> bool:
     return bool(getattr(module, "is_quantized", False) or getattr(module, "is_loaded_in_8bit", False))
 
 
-def _quantization(path: str, bits: str, dtype: torch.dtype, text_too: bool) -> Any:
+def _quantization(path: str, bits: str, dtype: torch.dtype, text_too: bool, revision: str | None) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MarbleError(f'model.quantize: {bits} needs bitsandbytes: pip install "marble-diffusion[quantize]"')
     if not torch.cuda.is_available():
@@ -209,7 +214,7 @@ def _quantization(path: str, bits: str, dtype: torch.dtype, text_too: bool) -> A
         settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     parts = [
         name
-        for name in DiffusionPipeline.load_config(path)
+        for name in DiffusionPipeline.load_config(path, revision=revision)
         if name in ("transformer", "unet") or (text_too and name in ("text_encoder_2", "text_encoder_3"))
     ]
     return PipelineQuantizationConfig(quant_backend=kind, quant_kwargs=settings, components_to_quantize=parts)

@@ -6,11 +6,12 @@ Leaves out any knowledge of a particular model: how the pipeline calls its denoi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,12 @@ from marble.errors import MarbleError
 from marble.memory import is_out_of_memory
 from marble.noise import NoiseLevels, levels_of, make_scheduler
 from marble.policy.loading import DTYPES, denoiser_of, find_device, load_pipeline, place, save_memory
-from marble.policy.sampling import Caller, Job, Samples, images_of, in_pieces, jobs
+from marble.policy.sampling import Caller, Job, Samples, check_pictures, images_of, in_pieces, jobs, unchecked
 from marble.policy.weights import FullWeights, LoRAWeights, Weights, copy, load_lora
 from marble.shard import shard_base
 from marble.watch import Conditioning, Manner, PromptsMixedUpError, Watch, learn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Policy:
         self._weights: Weights | None = None
         self._schedulers = {"own": pipe.scheduler}
         self._manner: Manner | None = None
+        self._most: dict[bool, int] = {}  # images that fitted into memory at once, with guidance and without
 
     @classmethod
     def from_pretrained(
@@ -94,6 +98,8 @@ class Policy:
             MarbleError: it is not there, or not a pipeline that can be trained.
         """
         where = find_device(device)
+        if quantize and where.type == "cuda":
+            torch.cuda.set_device(where)  # where bitsandbytes puts what it loads
         pipe = load_pipeline(
             id_or_path,
             dtype=DTYPES[dtype],
@@ -259,12 +265,12 @@ class Policy:
         def work(job: Job) -> tuple[Tensor, Tensor, Conditioning, NoiseLevels]:
             with Watch(self.pipe, self.part) as watch:
                 images = self._make(prompts, seeds, group, job, steps, guidance, call)
-            seen = watch.seen(manner)
+            seen = watch.seen(manner, job.each)
             levels = levels_of(self.pipe.scheduler, seen.steps, seen.told)
             return seen.x0.float(), images, seen.conditioning, levels
 
         with self.using(adapter), self._scheduled(scheduler):
-            made = list(in_pieces(list(jobs(len(prompts), group, batch)), work, self.device, retry=not self.in_step))
+            made = list(self._in_pieces(len(prompts), group, batch, work, guided=False))
         x0, images, conditioning, levels = zip(*made, strict=True)
         return Samples(torch.cat(x0), torch.cat(images), Conditioning.join(list(conditioning)), levels[0])
 
@@ -288,13 +294,25 @@ class Policy:
             self.caller.repeats_texts = True
         group = len(seeds) // len(prompts)
         with self.using(adapter), self._scheduled(scheduler):
-            parts = in_pieces(
-                list(jobs(len(prompts), group, batch)),
+            parts = self._in_pieces(
+                len(prompts),
+                group,
+                batch,
                 lambda job: self._make(prompts, seeds, group, job, steps, guidance, call),
-                self.device,
-                retry=not self.in_step,
+                guided=guidance != 1,
             )
-            return torch.cat(list(parts))
+            images = torch.cat(list(parts))
+        check_pictures(images)
+        return images
+
+    def _in_pieces(
+        self, prompts: int, group: int, batch: int, work: Callable[[Job], T], *, guided: bool
+    ) -> Iterator[T]:
+        """`in_pieces`, no larger than what fitted into memory before."""
+        most = self._most.get(guided, batch)
+        found = functools.partial(self._most.__setitem__, guided)
+        pending = list(jobs(prompts, group, min(batch, most)))
+        return in_pieces(pending, work, self.device, retry=not self.in_step, note=found)
 
     def _make(
         self,
@@ -307,7 +325,7 @@ class Policy:
         call: dict[str, Any],
     ) -> Tensor:
         chosen = job.seeds(seeds, group)
-        with self._calculating(), self._unchecked():
+        with self._calculating(), unchecked(self.pipe):
             result = self.caller(
                 prompts[job.start : job.stop], job.each, steps, guidance, chosen, output_type="pt", **call
             )
@@ -330,18 +348,6 @@ class Policy:
             yield
         finally:
             self.pipe.scheduler = self._schedulers["own"]
-
-    @contextmanager
-    def _unchecked(self) -> Iterator[None]:
-        """Leave out Stable Diffusion's safety checker: rewards would judge the black pictures that it puts in."""
-        checker = getattr(self.pipe, "safety_checker", None)
-        if checker is not None:
-            self.pipe.safety_checker = None
-        try:
-            yield
-        finally:
-            if checker is not None:
-                self.pipe.safety_checker = checker
 
     @contextmanager
     def _calculating(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +17,9 @@ from marble.memory import forget, is_out_of_memory
 from marble.noise import NoiseLevels
 from marble.rules import RESERVED_CALL
 from marble.watch import Conditioning
+
+SIZES = ("height", "width", "num_frames", "max_sequence_length")
+"""Arguments that count something."""
 
 GUIDANCE_OFFSET = {
     "Krea2Pipeline": -1.0,  # as the next
@@ -83,8 +87,17 @@ def jobs(prompts: int, group: int, batch: int) -> Iterator[Job]:
             yield Job(prompt, prompt + 1, first, min(batch, group - first))
 
 
-def in_pieces(pending: list[Job], work: Callable[[Job], T], device: torch.device, *, retry: bool = True) -> Iterator[T]:
+def in_pieces(
+    pending: list[Job],
+    work: Callable[[Job], T],
+    device: torch.device,
+    *,
+    retry: bool = True,
+    note: Callable[[int], object] = lambda most: None,
+) -> Iterator[T]:
     """`work` on each job; one for which memory does not suffice, and all after it, in halves.
+
+    `note` is told how many are tried at once from then on.
 
     Raises:
         MarbleError: memory does not suffice for one image, or not at once and without `retry`.
@@ -111,6 +124,7 @@ def in_pieces(pending: list[Job], work: Callable[[Job], T], device: torch.device
                     "model.dtype, model.offload, model.vae_tiling or model.quantize"
                 ) from error
             most = (len(job) + 1) // 2
+            note(most)
             log.warning(
                 "out of memory while making %d images at once; going on with at most %d (rollout.batch)", len(job), most
             )
@@ -119,6 +133,33 @@ def in_pieces(pending: list[Job], work: Callable[[Job], T], device: torch.device
             yield result
             continue
         forget(device)  # out here the error no longer holds on to its tensors
+
+
+def check_pictures(images: Tensor) -> None:
+    """Check that pictures are finite: rewards would take what is not for black.
+
+    Raises:
+        MarbleError: says how many are not.
+    """
+    broken = sum(not image.isfinite().all() for image in images)
+    if broken:
+        raise MarbleError(
+            f"{broken} of {len(images)} pictures are not finite though their latents are: the VAE cannot calculate in "
+            "this model.dtype; bfloat16 or float32 usually helps"
+        )
+
+
+@contextmanager
+def unchecked(pipe: Any) -> Iterator[None]:
+    """Leave out Stable Diffusion's safety checker: rewards would judge the black pictures that it puts in."""
+    checker = getattr(pipe, "safety_checker", None)
+    if checker is not None:
+        pipe.safety_checker = None
+    try:
+        yield
+    finally:
+        if checker is not None:
+            pipe.safety_checker = checker
 
 
 class Caller:
@@ -138,6 +179,8 @@ class Caller:
                 raise MarbleError(f"model.call: {type(pipe).__name__} takes no {name}.{nearest(name, self.known)}")
             if name in RESERVED_CALL:
                 raise MarbleError(f"model.call: {name} is set by other settings; leave it out")
+            if name in SIZES and (not isinstance(self.call[name], int) or self.call[name] < 1):
+                raise MarbleError(f"model.call: {name} must be a whole number of at least 1, got {self.call[name]!r}")
 
     def __call__(
         self, prompts: Sequence[str], each: int, steps: int, guidance: float, seeds: Sequence[int], **call: Any
@@ -180,7 +223,14 @@ class Caller:
         """
         try:
             return self.pipe(**call)
-        except (ValueError, TypeError, AssertionError, IndexError) as error:  # how pipelines refuse sizes and lengths
+        except (
+            ValueError,
+            TypeError,
+            AssertionError,
+            IndexError,
+            AttributeError,
+            NotImplementedError,
+        ) as error:  # how pipelines refuse sizes and lengths
             reason = str(error) or type(error).__name__
             raise MarbleError(f"{type(self.pipe).__name__} refuses: {reason}") from error
         except RuntimeError as error:  # those that do not look at sizes before they use them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class LoRAWeights:
             raise MarbleError(f"model.lora: nothing of it belongs to the {part}")
         for name in ADAPTERS[1:]:
             copy(self.slots["default"], self.slots[name])
+        self.denoiser.eval()  # a LoRA of elsewhere may bring dropout
         self.activate("default")
 
     @classmethod
@@ -114,7 +115,8 @@ class LoRAWeights:
         return get_peft_model_state_dict(self.denoiser, adapter_name=name)
 
     def load_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Put `state`'s weights back."""
+        """Put `state`'s weights back; MarbleError if they are not this model's."""
+        check_fits(self.state(name), state)
         from peft.utils import set_peft_model_state_dict
 
         set_peft_model_state_dict(self.denoiser, state, adapter_name=name)
@@ -166,7 +168,8 @@ class FullWeights:
 
     @torch.no_grad()
     def load_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Put `state`'s weights back."""
+        """Put `state`'s weights back; MarbleError if they are not this model's."""
+        check_fits(self.state(name), state)
         for key, value in self.state(name).items():
             value.copy_(state[key])
 
@@ -188,6 +191,21 @@ def copy(source: Sequence[Tensor], target: Sequence[Tensor], keep: float = 0.0) 
     """`target ← keep · target + (1 − keep) · source`."""
     for old, new in zip(target, source, strict=True):
         old.lerp_(new.to(old.dtype), 1 - keep)
+
+
+def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Check that weights read from a checkpoint are those of the model at hand.
+
+    Raises:
+        MarbleError: names what is unlike.
+    """
+    unlike = sorted(own.keys() ^ state.keys())
+    unlike += [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if unlike:
+        raise MarbleError(
+            f"the checkpoint is of another model or another LoRA than the config's: {len(unlike)} of its weights are "
+            f"missing, too many or of another shape, {', '.join(unlike[:2])}"
+        )
 
 
 def find_targets(denoiser: nn.Module, part: str, targets: Sequence[str] | None) -> list[str]:
@@ -238,7 +256,14 @@ def load_lora(pipe: Any, source: str, field: str, **options: Any) -> None:
         pipe.load_lora_weights(source, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not path.exists():
+            raise MarbleError(
+                f'{field}: "{source}" is no folder here, and could not be had from the hub: {reason}'
+            ) from error
         raise MarbleError(f'{field}: the LoRA in "{source}" does not fit this model: {reason}') from error
+    for module in pipe.components.values():
+        if isinstance(module, nn.Module):
+            module.eval()  # it may bring dropout
     if strangers:
         raise MarbleError(
             f'{field}: the LoRA in "{source}" is another model\'s: {len(strangers)} of its layers are not in this one, '

@@ -21,13 +21,13 @@ def first_broken(module: nn.Module, run: Callable[[], Any]) -> str | None:
     found: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
-        def look(layer: nn.Module, given: tuple, answer: Any) -> None:
-            if not found and not _finite(answer) and _finite(given):
+        def look(layer: nn.Module, args: tuple, kwargs: dict, answer: Any) -> None:
+            if not found and not _finite(answer) and _finite([args, kwargs]):
                 found.append(name)
 
         return look
 
-    hooks = [m.register_forward_hook(hook(n)) for n, m in module.named_modules() if n]
+    hooks = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in module.named_modules() if n]
     try:
         with torch.no_grad():
             run()

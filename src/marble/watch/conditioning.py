@@ -90,14 +90,17 @@ class Conditioning:
         )
 
     @staticmethod
-    def of_call(manner: Manner, arguments: dict[str, Any], count: int) -> Conditioning:
-        """Of one call with `count` images, in which the images of a prompt stand together."""
+    def of_call(manner: Manner, arguments: dict[str, Any], count: int, each: int | None = None) -> Conditioning:
+        """Of one call with `count` images, in which the `each` images of a prompt stand together.
+
+        Without `each`, neighbours that are equal count as one prompt's.
+        """
         per_image: dict[Path, Tensor | list] = {}
 
         def taken_out(path: Path, node: Any) -> Any:
             if path not in manner.per_image or node is None:
                 return KEEP
-            per_image[path] = _repeated(node, count, path)
+            per_image[path] = repeated(node, count, path)
             return None
 
         own = (manner.latent, manner.timestep)
@@ -105,7 +108,10 @@ class Conditioning:
         if manner.timestep_dims == 2:  # its length is wanted again
             kept[manner.timestep] = arguments[manner.timestep][:1].detach()
         shared = rebuild(kept, taken_out)
-        rows, first = _distinct(per_image, count)
+        if each is None:
+            rows, first = _distinct(per_image, count)
+        else:
+            rows, first = torch.arange(count) // each, torch.arange(0, count, each)
         per_prompt = {path: _take(value, first) for path, value in per_image.items()}
         return Conditioning(manner, (Table(per_prompt, shared),), torch.zeros_like(rows), rows)
 
@@ -148,7 +154,7 @@ def _take(value: Tensor | list, rows: Tensor) -> Tensor | list:
     return value[rows.to(value.device)] if isinstance(value, Tensor) else [value[i] for i in rows.tolist()]
 
 
-def _repeated(value: Any, count: int, path: Path) -> Tensor | list:
+def repeated(value: Any, count: int, path: Path) -> Tensor | list:
     """An entry for every image, of a value with one for every image or every prompt."""
     entries = len(value)
     if entries == 0 or count % entries:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from marble.errors import MarbleError
-from marble.watch.conditioning import Conditioning
+from marble.watch.conditioning import Conditioning, repeated
 from marble.watch.manner import Manner, as_sample
 from marble.watch.tree import Path, children, leaves, name_of, same
 from marble.watch.watch import Watch
@@ -56,6 +56,13 @@ def learn(pipe: Any, part: str, call: Callable[[Sequence[str], int, int], Any]) 
     if len(sample) != _IMAGES:
         raise MarbleError(f"{name}: expected latents of {_IMAGES} images, saw {list(sample.shape)}")
 
+    broken = [path for path, value in leaves(first) if isinstance(value, Tensor) and not value.isfinite().all()]
+    if broken or not output.isfinite().all():
+        what = ", ".join(map(name_of, broken)) or "what it answers"
+        raise MarbleError(
+            f"{name}: of {part}, {what} is not finite; model.dtype: bfloat16 or float32 usually helps (text encoders "
+            "and denoiser calculate in it)"
+        )
     latent = _latent(first, sample, name, part)
     given = first[latent]
     listed = isinstance(given, (list, tuple))
@@ -83,8 +90,7 @@ def learn(pipe: Any, part: str, call: Callable[[Sequence[str], int, int], Any]) 
     )
     for watch in watches:
         _check(manner, watch, name)
-    rows = Conditioning.of_call(manner, watches[1].calls[0], 2 * _IMAGES).rows
-    if rows.tolist() != [0, 0, 1, 1]:
+    if not all(_same_for_one_prompt(_at(watches[1].calls[0], path), path) for path in manner.per_image):
         raise PromptsMixedUpError(f"{name}: images of one prompt are given different texts or masks")
     return manner
 
@@ -189,6 +195,20 @@ def _check(manner: Manner, watch: Watch, name: str) -> None:
     if not _close(again, output, manner.latent_dtype):
         off = (again - output.float()).norm() / output.float().norm()
         raise MarbleError(f"{name}: a recorded call made again gives another answer (off by {off:.1e} of it)")
+
+
+def _same_for_one_prompt(value: Any, path: Path) -> bool:
+    """Whether the two images of each of two prompts are given the same, up to how batches are calculated."""
+    if value is None:
+        return True
+    each = repeated(value, 2 * _IMAGES, path)
+    return all(_alike(each[first], each[first + 1]) for first in (0, _IMAGES))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and a.shape == b.shape:
+        return _close(a, b, a.dtype)
+    return same(a, b)
 
 
 def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:

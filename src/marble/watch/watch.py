@@ -98,8 +98,8 @@ class Watch:
             f"saw {len(self.calls)} and {len(self.steps)}{hint}"
         )
 
-    def seen(self, manner: Manner) -> Seen:
-        """What was seen, in the terms of a known `manner`.
+    def seen(self, manner: Manner, each: int | None = None) -> Seen:
+        """What was seen, in the terms of a known `manner`, of a call for `each` images of every prompt.
 
         Raises:
             MarbleError: the pipeline did otherwise this time.
@@ -108,7 +108,7 @@ class Watch:
         assert self.last is not None
         count = len(self.last)
         try:
-            conditioning = Conditioning.of_call(manner, self.calls[0], count)
+            conditioning = Conditioning.of_call(manner, self.calls[0], count, each)
         except (KeyError, ValueError, TypeError) as error:
             raise MarbleError(
                 f"{type(self.pipe).__name__} called its {self.part} otherwise than when it was watched: {error} (with "
