@@ -145,6 +145,7 @@ def policies(tmp_path_factory):
 
 def short_of_memory(policy, most, monkeypatch, message="CUDA out of memory. Tried to allocate 20.00 MiB"):
     """From now on the denoiser takes no more than `most` images; returns how many it was given each time."""
+    policy._most.clear()  # what other tests found out
     policy.learn()
     forward, seen = policy.denoiser.forward, []
 
