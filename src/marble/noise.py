@@ -20,6 +20,8 @@ from marble.errors import MarbleError
 PREDICTIONS = ("flow_prediction", "epsilon", "v_prediction", "sample")
 """What a denoiser may predict: `noise − x0`, the noise, `alpha noise − sigma x0`, or `x0` itself."""
 
+_FLOWS = ("flow_prediction", "reversed_flow_prediction")  # the latter: `x0 − noise`, where a scheduler inverts sigmas
+
 _TOLERANCE = 2e-3  # of alpha + sigma = 1 or alpha² + sigma² = 1: some schedulers keep their table in single precision
 
 
@@ -30,7 +32,7 @@ class NoiseLevels:
     alphas: Tensor  # [T] of the clean latents
     sigmas: Tensor  # [T] of the noise
     timesteps: Tensor  # [T] what the denoiser is told
-    prediction: str  # one of PREDICTIONS
+    prediction: str  # one of PREDICTIONS, or `reversed_flow_prediction`
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -48,6 +50,8 @@ class NoiseLevels:
         alpha, sigma = _over(self.alphas, x_t), _over(self.sigmas, x_t)
         if self.prediction == "flow_prediction":
             return x_t - sigma * output
+        if self.prediction == "reversed_flow_prediction":
+            return x_t + sigma * output
         if self.prediction == "epsilon":
             return (x_t - sigma * output) / alpha
         if self.prediction == "v_prediction":
@@ -93,9 +97,11 @@ def levels_of(scheduler: Any, steps: Tensor, told: Tensor) -> NoiseLevels:
             f"{type(scheduler).__name__} cannot be trained with: it does not say how it noises ({error}); choose "
             f"another with rollout.scheduler: {', '.join(n for n in SCHEDULERS if n != 'own')}"
         ) from error
-    total = alphas + sigmas if prediction == "flow_prediction" else alphas.square() + sigmas.square()
+    if prediction == "reversed_flow_prediction":  # its sigmas are of the clean latents
+        alphas, sigmas = sigmas, alphas
+    total = alphas + sigmas if prediction in _FLOWS else alphas.square() + sigmas.square()
     if not ((total - 1).abs() < _TOLERANCE).all():
-        law = "alpha + sigma" if prediction == "flow_prediction" else "alpha² + sigma²"
+        law = "alpha + sigma" if prediction in _FLOWS else "alpha² + sigma²"
         raise MarbleError(
             f"{type(scheduler).__name__} cannot be trained with: with prediction_type {prediction} every {law} must be "
             f"1 where the denoiser is called, saw {total.min():.3f} to {total.max():.3f}; choose another with "
@@ -106,17 +112,22 @@ def levels_of(scheduler: Any, steps: Tensor, told: Tensor) -> NoiseLevels:
             f"{type(scheduler).__name__} cannot be trained with: at a level of pure noise (zero terminal SNR) a "
             "predicted noise says nothing of the clean latents; the model should predict v"
         )
+    if sigmas[0] < sigmas[-1]:
+        raise MarbleError(
+            f"{type(scheduler).__name__} cannot be trained with: noise should fall from step to step, it grows from "
+            f"{sigmas[0]:.3f} to {sigmas[-1]:.3f}"
+        )
     return NoiseLevels(alphas, sigmas, told, prediction)
 
 
 def prediction_of(scheduler: Any) -> str:
-    """What the denoiser of a scheduler predicts, one of `PREDICTIONS`.
+    """What the denoiser of a scheduler predicts, one of `PREDICTIONS` or `reversed_flow_prediction`.
 
     Raises:
         MarbleError: the scheduler does not say.
     """
     if "FlowMatch" in type(scheduler).__name__:
-        return "flow_prediction"
+        return "reversed_flow_prediction" if scheduler.config.get("invert_sigmas") else "flow_prediction"
     prediction = scheduler.config.get("prediction_type")
     if prediction not in PREDICTIONS:
         raise MarbleError(
@@ -149,8 +160,10 @@ def make_scheduler(name: str, own: Any) -> Any:
 
     if name == "own":
         return own
-    config, flow = dict(own.config), prediction_of(own) == "flow_prediction"
+    config, flow = dict(own.config), prediction_of(own) in _FLOWS
     shift = config.get("shift", config.get("flow_shift", 1.0))
+    if name == "dpm++" and prediction_of(own) == "reversed_flow_prediction":
+        raise MarbleError(f"scheduler dpm++ cannot count levels upwards as {type(own).__name__} does here; use own")
     if name == "dpm++":
         changes: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
         changes |= {"final_sigmas_type": "zero", "thresholding": False}

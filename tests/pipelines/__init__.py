@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from . import families, further
+from . import families, further, later
 from .families import SIZE, TOKENS
 
 FAMILIES = ("sd15", "sdxl", "sd3", "flux", "sana", "qwenimage", "zimage", "wan")
 """Those that marble names."""
 FURTHER = ("pixart_sigma", "lumina2", "auraflow", "hunyuandit", "cogview4")
+LATER = ("flux2_klein", "chroma", "ltx", "cogvideox", "mochi")
 """Those it does not; there is also `sd15-v`, the first with v-prediction."""
 
 _BUILDERS = {
@@ -34,6 +35,7 @@ _BUILDERS = {
     "auraflow": further.auraflow,
     "hunyuandit": further.hunyuandit,
     "cogview4": further.cogview4,
+    **{name: getattr(later, name) for name in LATER},
 }
 _SQUARE = {"height": SIZE, "width": SIZE}
 _LARGER = {"height": 2 * SIZE, "width": 2 * SIZE}  # of pipelines that take eight pixels per latent for granted
@@ -56,6 +58,7 @@ _CALLS: dict[str, dict[str, Any]] = {
     "auraflow": {"max_sequence_length": TOKENS},
     "hunyuandit": {"use_resolution_binning": False, **_LARGER},
     "cogview4": {},
+    **later.CALLS,
 }
 
 
@@ -63,7 +66,7 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     """Save a pipeline, whose weights `seed` decides, for `DiffusionPipeline.from_pretrained`.
 
     Args:
-        name: of `FAMILIES`, of `FURTHER`, or `sd15-v`.
+        name: of `FAMILIES`, of `FURTHER`, of `LATER`, or `sd15-v`.
         folder: to save it in.
         seed: of the weights; torch's own generator stays as it was.
 

@@ -54,7 +54,7 @@ def _sd3(width: int, layers: int, dual: int, side: int, tokens: int, text: int, 
             "pooled_projections": torch.randn(count, 2048),
         }
 
-    return Shape(about, build, (16, side, side), inputs, "hidden_states", list(ATTENTION), batch)
+    return Shape(about, build, (16, side, side), inputs, "hidden_states", list(ATTENTION[:8]), batch)
 
 
 def _unet(channels: tuple[int, ...], depth: tuple[int, ...], head: int, text: int, side: int, about: str) -> Shape:

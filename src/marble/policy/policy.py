@@ -23,7 +23,7 @@ from marble.policy.loading import DTYPES, denoiser_of, find_device, load_pipelin
 from marble.policy.sampling import Caller, Job, Samples, check_pictures, images_of, in_pieces, jobs, unchecked
 from marble.policy.weights import FullWeights, LoRAWeights, Weights, copy, load_lora
 from marble.shard import shard_base
-from marble.watch import Conditioning, Manner, PromptsMixedUpError, Watch, learn
+from marble.watch import Conditioning, Manner, Watch, learn
 
 T = TypeVar("T")
 
@@ -219,7 +219,9 @@ class Policy:
             with self._scheduled(scheduler), self._calculating():
                 try:
                     self._manner = learn(self.pipe, self.part, call)
-                except PromptsMixedUpError:
+                except MarbleError:  # some mix up several images of several prompts, some make one of each whatever
+                    if self.caller.repeats_texts:
+                        raise
                     self.caller.repeats_texts = True
                     self._manner = learn(self.pipe, self.part, call)
                 except RuntimeError as error:
@@ -336,7 +338,7 @@ class Policy:
         """One PIL image (a list of them if it is a video), by the call that a user of stock Diffusers would make."""
         with self._scheduled(scheduler):
             result = self.caller.run(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call)
-        return result.frames[0] if hasattr(result, "frames") else result.images[0]
+        return next(getattr(result, name) for name in ("images", "image", "frames") if hasattr(result, name))[0]
 
     @contextmanager
     def _scheduled(self, name: str) -> Iterator[None]:

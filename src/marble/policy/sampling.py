@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -191,13 +192,27 @@ class Caller:
             texts, repeat = list(prompts), {several[0]: each}
         else:
             texts, repeat = [text for text in prompts for _ in range(each)], {}
-        return self.run(
-            prompt=texts,
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
-            **repeat,
-            **{**self.guided(guidance), **self.call, **call},
-        )
+        for guider in self.guiders:
+            guider.guidance_scale = guidance
+            if guidance == 1:
+                guider.disable()
+            else:
+                guider.enable()
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        with _drawing_from(generators, self.pipe.scheduler):
+            return self.run(
+                prompt=texts,
+                num_inference_steps=steps,
+                generator=generators,
+                **repeat,
+                **{**self.guided(guidance), **self.call, **call},
+            )
+
+    @property
+    def guiders(self) -> list[Any]:
+        """Components that hold the guidance scale, of pipelines that are not told one."""
+        parts = getattr(self.pipe, "components", {}).values()
+        return [part for part in parts if hasattr(part, "guidance_scale") and hasattr(part, "disable")]
 
     def guided(self, guidance: float) -> dict[str, Any]:
         """The arguments that stand for a guidance scale.
@@ -211,7 +226,7 @@ class Caller:
             return {"true_cfg_scale": guidance, "negative_prompt": "" if guidance > 1 else None}
         if "guidance_scale" in self.known:
             return {"guidance_scale": guidance + GUIDANCE_OFFSET.get(type(self.pipe).__name__, 0.0)}
-        if guidance != 1:
+        if guidance != 1 and not self.guiders:
             raise MarbleError(f"guidance: {type(self.pipe).__name__} knows none, got {guidance}; use 1")
         return {}
 
@@ -242,10 +257,32 @@ class Caller:
             raise MarbleError(f"{type(self.pipe).__name__} cannot make {sizes or 'its own size'}: {error}") from error
 
 
+@contextmanager
+def _drawing_from(generators: list[torch.Generator], scheduler: Any) -> Iterator[None]:
+    """Let a scheduler that draws noise draw an image's from its own seed, though the pipeline forgets to tell it."""
+    step, replaced = scheduler.step, "step" in vars(scheduler)
+    signature = inspect.signature(step)
+
+    @functools.wraps(step)  # pipelines look at its signature to see whether it takes a generator
+    def seeded(*args: Any, **kwargs: Any) -> Any:
+        if signature.bind(*args, **kwargs).arguments.get("generator") is None:
+            kwargs["generator"] = generators
+        return step(*args, **kwargs)
+
+    if "generator" in signature.parameters:
+        scheduler.step = seeded
+    try:
+        yield
+    finally:
+        if replaced:
+            scheduler.step = step
+        else:
+            vars(scheduler).pop("step", None)
+
+
 def images_of(result: Any) -> Tensor:
     """`[N, 3, H, W]` of a pipeline's answer with `output_type="pt"`, `[N, F, 3, H, W]` if it is a video."""
-    images: Any = getattr(result, "images", None)
-    images = result.frames if images is None else images
+    images: Any = next(getattr(result, name) for name in ("images", "image", "frames") if hasattr(result, name))
     if not isinstance(images, Tensor):
         images = torch.stack(list(images))
     return images.float().cpu()

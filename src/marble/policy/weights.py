@@ -16,8 +16,11 @@ from marble.errors import MarbleError
 ADAPTERS = ("default", "old", "ema")
 """The trained version, the one that samples, and the average that is evaluated and exported. None is the base."""
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""Endings of the names that Diffusers gives to the linear layers of attention, in every family of models."""
+ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("to_out", "to_qkv_mlp_proj", "to_q_t", "to_k_t", "to_v_t", "to_out_t", "to_query", "to_key", "to_value"),
+)
+"""Endings of the names that Diffusers gives to the linear layers of attention; the first eight in most models."""
 
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -220,10 +223,12 @@ def find_targets(denoiser: nn.Module, part: str, targets: Sequence[str] | None) 
         return any(name == ending or name.endswith("." + ending) for name in names)
 
     if targets is None:
-        found = [ending for ending in ATTENTION if matches(ending)]
+        # `to_out` is a layer in some models and a list of layers in others, sometimes in one: by its whole name
+        found = [ending for ending in ATTENTION if ending != "to_out" and matches(ending)]
+        found += [name for name in names if name.endswith(".to_out")]
         if not found:
             raise MarbleError(
-                f"model.lora.targets: no layer of {part} is named like attention ({', '.join(ATTENTION)}); give "
+                f"model.lora.targets: no layer of {part} is named like attention ({', '.join(ATTENTION[:4])} …); give "
                 f"endings of its linear layers' names, such as {_examples(names)}"
             )
         return found

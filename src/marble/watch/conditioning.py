@@ -100,7 +100,8 @@ class Conditioning:
         def taken_out(path: Path, node: Any) -> Any:
             if path not in manner.per_image or node is None:
                 return KEEP
-            per_image[path] = repeated(node, count, path)
+            entries = node.movedim(manner.dims[path], 0) if path in manner.dims else node
+            per_image[path] = repeated(entries, count, path)
             return None
 
         own = (manner.latent, manner.timestep)

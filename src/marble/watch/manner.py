@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marble.watch.tree import Path
+from marble.watch.tree import KEEP, Path, rebuild
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Manner:
     timestep_dtype: torch.dtype
     per_image: frozenset[Path]  # arguments, or parts of them, with an entry for every image or prompt
     sign: int  # −1: the pipeline turns the output around before the scheduler sees it
+    dims: Mapping[Path, int] = field(default_factory=dict)  # of those whose entries are not along dim 0
 
     def call(self, denoiser: nn.Module, arguments: dict[str, Any], latents: Tensor, timesteps: Tensor) -> Tensor:
         """Call `denoiser` as the pipeline does; returns its output `[M, …]` as the scheduler would get it, float32.
 
         Args:
             denoiser: the network.
-            arguments: all but the latents and the timestep.
+            arguments: all but the latents and the timestep; what there is one of for every image has that dim first.
             latents: `[M, …]`, shaped as the scheduler's.
             timesteps: `[M]`, as the denoiser is told them.
         """
@@ -43,8 +45,13 @@ class Manner:
         told = timesteps.to(latents.device, self.timestep_dtype)
         if self.timestep_dims == 2:
             told = told[:, None].expand(-1, arguments[self.timestep].shape[1])
+        if self.dims:
+            arguments = rebuild(arguments, self._in_place)
         own = {self.latent: list(given.unbind(0)) if self.listed else given, self.timestep: told}
         return self.sign * as_sample(denoiser(**{**arguments, **own}), latents).float()
+
+    def _in_place(self, path: Path, node: Any) -> Any:
+        return node.movedim(0, self.dims[path]) if path in self.dims else KEEP
 
 
 def as_sample(output: Any, like: Tensor) -> Tensor:

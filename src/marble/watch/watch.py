@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from marble.errors import MarbleError
 from marble.watch.conditioning import Conditioning
-from marble.watch.manner import Manner
+from marble.watch.manner import Manner, as_sample
+from marble.watch.tree import KEEP, rebuild
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,13 @@ class Watch:
     def __enter__(self) -> Watch:
         denoiser, scheduler = getattr(self.pipe, self.part), self.pipe.scheduler
         signature, step = inspect.signature(denoiser.forward), scheduler.step
+        step_signature = inspect.signature(step)
 
         def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
             bound = _bound(signature, args, kwargs)
-            if self.calls and not self.whole:  # the conditioning is kept once; of later calls only what may change
+            if self.whole:
+                bound = rebuild(bound, _copied)
+            elif self.calls:  # the conditioning is kept once; of later calls only what may change
                 bound = {k: v for k, v in bound.items() if isinstance(v, Tensor) and v.ndim <= 2}
             self.calls.append(bound)
 
@@ -57,10 +61,11 @@ class Watch:
             self.outputs.append(output)
 
         @functools.wraps(step)  # pipelines look at its signature to see whether it takes a generator
-        def watched_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            kept = (sample, model_output) if self.whole else (None, None)
-            self.steps.append((timestep, *kept))
-            result = step(model_output, timestep, sample, *args, **kwargs)
+        def watched_step(*args: Any, **kwargs: Any) -> Any:
+            given = step_signature.bind(*args, **kwargs).arguments  # by name: their order differs
+            sample, output = given["sample"], given["model_output"]
+            self.steps.append((given["timestep"], *((sample.clone(), output.clone()) if self.whole else (None, None))))
+            result = step(*args, **kwargs)
             self.last = result[0] if isinstance(result, tuple) else result.prev_sample
             return result
 
@@ -76,11 +81,11 @@ class Watch:
         del self.pipe.scheduler.step
 
     def tensors(self, step: int) -> tuple[Tensor, Tensor]:
-        """The scheduler's sample and model output at one of its steps, of a `whole` watch."""
+        """The scheduler's sample and, without a variance, model output at one of its steps, of a `whole` watch."""
         sample, output = self.steps[step][1:]
         assert sample is not None
         assert output is not None
-        return sample, output
+        return sample, as_sample(output, sample)
 
     def check_calls(self) -> None:
         """Check that the denoiser was called once for every step of the scheduler.
@@ -126,3 +131,8 @@ def _bound(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str,
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             bound |= bound.pop(parameter.name, {})
     return bound
+
+
+def _copied(path: Any, node: Any) -> Any:
+    """For `rebuild`: tensors copied, for some pipelines write the next latents where the last ones were."""
+    return node.clone() if isinstance(node, Tensor) else KEEP
