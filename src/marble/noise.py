@@ -126,7 +126,7 @@ def prediction_of(scheduler: Any) -> str:
     Raises:
         MarbleError: the scheduler does not say.
     """
-    if "FlowMatch" in type(scheduler).__name__:
+    if hasattr(scheduler, "scale_noise") and not scheduler.config.get("prediction_type"):  # flow matching
         return "reversed_flow_prediction" if scheduler.config.get("invert_sigmas") else "flow_prediction"
     prediction = scheduler.config.get("prediction_type")
     if prediction not in PREDICTIONS:

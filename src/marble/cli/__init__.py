@@ -17,7 +17,7 @@ COMMANDS = {
     "report": "make a run's report again",
     "validate": "check a config without running it",
     "list": "show the models, rewards, methods, objectives, schedulers or prompt sources there are",
-    "bench": "measure an update's speed and memory on models of several shapes",
+    "bench": "measure an update's speed and memory on models of several shapes; scale: what many GPUs would do",
     "mini": "make the embedded model from scratch (mini pretrain)",
 }
 """Command → what it does. `marble.cli.NAME` holds its `run(argv) -> exit code`."""
