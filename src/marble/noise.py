@@ -71,7 +71,7 @@ class NoiseLevels:
 
         A flow model's clean latents move by sigma with its output; so do those of a model that predicts v. Predicted
         noise moves them by sigma / alpha, 14 times as far at the noisiest level of Stable Diffusion and 156 times at
-        PixArt's: unweighted, such visits are all that an update follows. `sigma / gains`: 1 for the former two.
+        PixArt's. `sigma / gains`: 1 for the former two.
         """
         return self.sigmas / self.gains
 

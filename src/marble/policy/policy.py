@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -290,10 +290,9 @@ class Policy:
         **call: Any,
     ) -> Tensor:
         """Make the images of `sample` alone, `[N, 3, H, W]`; with any guidance, for nothing is watched."""
-        try:
-            self.learn()
-        except MarbleError:  # cannot be trained, but can be looked at
-            self.caller.repeats_texts = True
+        if not self.caller.repeats_texts:
+            with suppress(MarbleError):  # what cannot be trained can be looked at; every prompt is then repeated
+                self.learn()
         group = len(seeds) // len(prompts)
         with self.using(adapter), self._scheduled(scheduler):
             parts = self._in_pieces(
