@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import sys
 
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = argv[0], argv[1:]
     for library in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(library, "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a kernel for CPUs that nobody asked for
     try:
         if name not in COMMANDS:
             raise MarbleError(f'unknown command "{name}".{nearest(name, COMMANDS)} Known: {", ".join(COMMANDS)}')
