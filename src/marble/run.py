@@ -205,6 +205,6 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processes": world(),
         "threads": torch.get_num_threads(),
-        "device": "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         **{name: version(name) for name in packages},
     }
