@@ -89,6 +89,24 @@ def test_a_run_that_turns_not_finite_names_the_layer_exports_and_goes_on(config,
     assert "after" in run.evaluation()
 
 
+def test_memory_that_runs_out_in_an_update_leaves_what_was_learned(config, tmp_path, monkeypatch):
+    from marble import step
+
+    rows, calls = step._Update._no_rows, []
+
+    def full(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows(self)
+
+    monkeypatch.setattr(step._Update, "_no_rows", full)
+    config.balance.refresh = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        train(config, tmp_path / "run")
+    assert list((tmp_path / "run" / "lora").glob("*.safetensors"))
+
+
 def test_what_would_make_another_run_of_it_cannot_be_changed(config, tmp_path, capsys):
     short = config.model_copy(deep=True)
     short.budget.updates = 1

@@ -119,7 +119,7 @@ def train(
                 run.save_checkpoint(
                     parts.updater.updates, snapshot(parts, held_out, epoch, spent), config.keep_checkpoints
                 )
-    except MarbleError:
+    except (MarbleError, RuntimeError):
         _export(parts, run)  # what was learned until then
         raise
     _export(parts, run)
