@@ -69,6 +69,7 @@ def load_pipeline(
     id_or_path: str,
     *,
     dtype: torch.dtype = torch.float32,
+    whole: bool = False,
     revision: str | None = None,
     variant: str | None = None,
     quantize: str | None = None,
@@ -81,6 +82,7 @@ def load_pipeline(
     Args:
         id_or_path: hub id, folder, or a registered model's name.
         dtype: of all weights.
+        whole: load the denoiser in single precision whatever `dtype`, to be trained whole.
         revision: branch, tag or commit on the hub.
         variant: of the files, `fp16` say.
         quantize: `8bit` or `4bit` for the denoiser's frozen weights, by bitsandbytes.
@@ -95,7 +97,12 @@ def load_pipeline(
 
     path = model_path(id_or_path)
     _no_progress_bars()
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "variant": variant}
+    by_part = {"transformer": torch.float32, "unet": torch.float32, "default": dtype}
+    options: dict[str, Any] = {
+        "dtype": by_part if whole and dtype != torch.float32 else dtype,
+        "revision": revision,
+        "variant": variant,
+    }
     if trust_remote_code:
         options["trust_remote_code"] = True
     options = {name: value for name, value in options.items() if value is not None}

@@ -65,6 +65,7 @@ class Policy:
         call: dict[str, Any] | None = None,
         device: str = "auto",
         dtype: str = "float32",
+        whole: bool = False,
         revision: str | None = None,
         variant: str | None = None,
         quantize: str | None = None,
@@ -83,6 +84,7 @@ class Policy:
             call: arguments for every call of the pipeline, besides prompts, seeds, steps and guidance.
             device: where to put it; `auto`: this process's GPU, if there is one.
             dtype: of its weights: `float32`, `bfloat16` or `float16`.
+            whole: load the denoiser in single precision whatever `dtype`, for `train_whole`.
             revision: branch, tag or commit on the hub.
             variant: of the files on the hub (`fp16`).
             quantize: `8bit` or `4bit` frozen weights (needs the extra `quantize`).
@@ -103,6 +105,7 @@ class Policy:
         pipe = load_pipeline(
             id_or_path,
             dtype=DTYPES[dtype],
+            whole=whole,
             revision=revision,
             variant=variant,
             quantize=quantize,
