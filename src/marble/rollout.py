@@ -75,20 +75,25 @@ def collect(
 
 
 def _blame(policy: Policy, samples: Samples, one: Tensor, adapter: str) -> str:
-    """Where the latents of `one` image stopped being finite, looked for at every level of the sampler."""
-    noise = torch.randn(1, *samples.x0.shape[1:], generator=torch.Generator().manual_seed(0)).to(samples.x0)
-    where = "the sampler"
-    texts = samples.conditioning[one].expanded().tables[0].per_prompt.values()
-    if not all(value.isfinite().all() for value in texts if isinstance(value, Tensor)):
-        where = "what the text encoders answer"
-    for step in range(len(samples.levels)):
-        at = (noise, samples.levels[torch.tensor([step])], samples.conditioning[one])
-        layer = first_broken(policy.denoiser, functools.partial(policy.predict, *at, adapter=adapter))
-        if layer is not None and where == "the sampler":
-            where = f"layer {layer} of {policy.part}"
-            break
+    """Where the latents of `one` image stopped being finite, and what to do."""
+    where = _where_broken(policy, samples, one, adapter)
     remedy = "model.dtype: bfloat16 or float32" if policy.denoiser.dtype == torch.float16 else "a lower optimizer.lr"
     return (
         f"sampled latents are not finite: {where} stops being so; what was learned before is "
         f"kept; {remedy} usually helps"
     )
+
+
+def _where_broken(policy: Policy, samples: Samples, one: Tensor, adapter: str) -> str:
+    """The texts, or the first layer that spoils plain noise at any level of the sampler."""
+    conditioning = samples.conditioning[one]
+    texts = conditioning.expanded().tables[0].per_prompt.values()
+    if not all(value.isfinite().all() for value in texts if isinstance(value, Tensor)):
+        return "what the text encoders answer"
+    noise = torch.randn(1, *samples.x0.shape[1:], generator=torch.Generator().manual_seed(0)).to(samples.x0)
+    for step in range(len(samples.levels)):
+        at = (noise, samples.levels[torch.tensor([step])], conditioning)
+        layer = first_broken(policy.denoiser, functools.partial(policy.predict, *at, adapter=adapter))
+        if layer is not None:
+            return f"layer {layer} of {policy.part}"
+    return "the sampler"

@@ -14,29 +14,9 @@ from torch import nn
 from marble import MarbleError, Policy
 from marble.policy.loading import find_device, load_pipeline, model_path, place, save_memory
 
-from ..pipelines import build, call_of
+from ..pipelines import call_of
 
 TEXTS = ["a cat", "two dogs on a mat"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = build(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
-
-
-@pytest.fixture
-def load(folders):
-    def load(name, **options):
-        return Policy.from_pretrained(str(folders(name)), call=call_of(name), device="cpu", **options)
-
-    return load
 
 
 # ---- devices --------------------------------------------------------------------------------------------

@@ -12,30 +12,10 @@ from marble.config import make_config
 from marble.memory import GIB
 from marble.policy.weights import copy, find_targets
 
-from ..pipelines import build, call_of
+from ..pipelines import call_of
 
 TEXTS = ["a cat", "two dogs on a mat"]
 NAMES = ("sd3", "sd15", "sana", "pixart_sigma")  # the last has no LoRA loader in Diffusers
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = build(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
-
-
-@pytest.fixture
-def load(folders):
-    def load(name, **options):
-        return Policy.from_pretrained(str(folders(name)), call=call_of(name), device="cpu", **options)
-
-    return load
 
 
 def stir(policy, version, size=0.3, seed=0):

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from marble import MarbleError, Policy
-from marble.policy.loading import denoiser_of
+from marble.policy.weights import denoiser_of
 from marble.watch import Manner, Watch, learn
 
 from ..pipelines import build, call_of

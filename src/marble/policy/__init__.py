@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from marble.policy.loading import model_path
-from marble.policy.policy import Policy, Prediction
-from marble.policy.sampling import Samples
+from marble.policy.policy import Policy
+from marble.policy.sampling import Prediction, Samples
 from marble.policy.weights import ADAPTERS
 
 __all__ = ["ADAPTERS", "Policy", "Prediction", "Samples", "model_path"]

@@ -182,24 +182,6 @@ def save_memory(
                 raise MarbleError(f"model.{field}: {type(vae).__name__} does not support it; leave it out") from error
 
 
-def denoiser_of(pipe: Any) -> str:
-    """The name of the component that denoises.
-
-    Raises:
-        MarbleError: there is none, or there are two.
-    """
-    name = type(pipe).__name__
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise MarbleError(f"{name} denoises with two networks (transformer and transformer_2); one can be trained")
-    for part in ("transformer", "unet"):
-        if getattr(pipe, part, None) is not None:
-            if not hasattr(pipe, "scheduler"):
-                raise MarbleError(f"{name} has no scheduler")
-            return part
-    parts = ", ".join(n for n, m in pipe.components.items() if isinstance(m, torch.nn.Module))
-    raise MarbleError(f"{name} has neither a transformer nor a unet to train; it has {parts}")
-
-
 def _is_offloaded(name: str, part: str, offload: str) -> bool:
     return name != part and (name.startswith("text_encoder") or offload == "all")
 

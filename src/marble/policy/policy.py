@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,21 +18,24 @@ from torch import Tensor
 from marble.errors import MarbleError
 from marble.memory import is_out_of_memory
 from marble.noise import NoiseLevels, levels_of, make_scheduler
-from marble.policy.loading import DTYPES, denoiser_of, find_device, load_pipeline, place, save_memory
-from marble.policy.sampling import Caller, Job, Samples, check_pictures, images_of, in_pieces, jobs, unchecked
-from marble.policy.weights import FullWeights, LoRAWeights, Weights, copy, load_lora
+from marble.policy.loading import DTYPES, find_device, load_pipeline, place, save_memory
+from marble.policy.sampling import (
+    Caller,
+    Job,
+    Prediction,
+    Samples,
+    answer_of,
+    check_pictures,
+    images_of,
+    in_pieces,
+    jobs,
+    unchecked,
+)
+from marble.policy.weights import FullWeights, LoRAWeights, Weights, copy, denoiser_of, load_lora
 from marble.shard import shard_base
-from marble.watch import Conditioning, Manner, Watch, learn
+from marble.watch import Conditioning, Manner, Seen, Watch, learn
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The denoiser's answer at (x_t, t)."""
-
-    x0: Tensor  # [N, …] predicted clean latents
-    output: Tensor  # [N, …] the network's own output, with the sign that the scheduler expects (a velocity, say)
 
 
 class Policy:
@@ -267,17 +269,16 @@ class Policy:
         manner = self.learn(guidance=guidance, scheduler=scheduler)
         group = len(seeds) // len(prompts)
 
-        def work(job: Job) -> tuple[Tensor, Tensor, Conditioning, NoiseLevels]:
+        def work(job: Job) -> tuple[Seen, Tensor]:
             with Watch(self.pipe, self.part) as watch:
                 images = self._make(prompts, seeds, group, job, steps, guidance, call)
-            seen = watch.seen(manner, job.each)
-            levels = levels_of(self.pipe.scheduler, seen.steps, seen.told)
-            return seen.x0.float(), images, seen.conditioning, levels
+            return watch.seen(manner, job.each), images
 
         with self.using(adapter), self._scheduled(scheduler):
             made = list(self._in_pieces(len(prompts), group, batch, work, guided=False))
-        x0, images, conditioning, levels = zip(*made, strict=True)
-        return Samples(torch.cat(x0), torch.cat(images), Conditioning.join(list(conditioning)), levels[0])
+            first = made[0][0]
+            levels = levels_of(self.pipe.scheduler, first.steps, first.told)  # the same in every call
+        return Samples.of_calls(made, levels)
 
     @torch.no_grad()
     def images(
@@ -313,9 +314,8 @@ class Policy:
         self, prompts: int, group: int, batch: int, work: Callable[[Job], T], *, guided: bool
     ) -> Iterator[T]:
         """`in_pieces`, no larger than what fitted into memory before."""
-        most = self._most.get(guided, batch)
         found = functools.partial(self._most.__setitem__, guided)
-        pending = list(jobs(prompts, group, min(batch, most)))
+        pending = list(jobs(prompts, group, min(batch, self._most.get(guided, batch))))
         return in_pieces(pending, work, self.device, retry=not self.in_step, note=found)
 
     def _make(
@@ -340,7 +340,7 @@ class Policy:
         """One PIL image (a list of them if it is a video), by the call that a user of stock Diffusers would make."""
         with self._scheduled(scheduler):
             result = self.caller.run(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call)
-        return next(getattr(result, name) for name in ("images", "image", "frames") if hasattr(result, name))[0]
+        return answer_of(result)[0]
 
     @contextmanager
     def _scheduled(self, name: str) -> Iterator[None]:

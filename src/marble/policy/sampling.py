@@ -17,7 +17,7 @@ from marble.errors import MarbleError, nearest
 from marble.memory import forget, is_out_of_memory
 from marble.noise import NoiseLevels
 from marble.rules import RESERVED_CALL
-from marble.watch import Conditioning
+from marble.watch import Conditioning, Seen
 
 SIZES = ("height", "width", "num_frames", "max_sequence_length")
 """Arguments that count something."""
@@ -40,6 +40,24 @@ class Samples:
     images: Tensor  # [N, 3, H, W] float in [0, 1], on the CPU; [N, F, 3, H, W] frames of a video
     conditioning: Conditioning
     levels: NoiseLevels  # of the sampler's T steps, falling
+
+    @classmethod
+    def of_calls(cls, made: Sequence[tuple[Seen, Tensor]], levels: NoiseLevels) -> Samples:
+        """What several calls showed and made, in order."""
+        return cls(
+            torch.cat([seen.x0.float() for seen, _ in made]),
+            torch.cat([images for _, images in made]),
+            Conditioning.join([seen.conditioning for seen, _ in made]),
+            levels,
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The denoiser's answer at (x_t, t)."""
+
+    x0: Tensor  # [N, …] predicted clean latents
+    output: Tensor  # [N, …] the network's own output, with the sign that the scheduler expects (a velocity, say)
 
 
 @dataclass(frozen=True)
@@ -280,9 +298,14 @@ def _drawing_from(generators: list[torch.Generator], scheduler: Any) -> Iterator
             vars(scheduler).pop("step", None)
 
 
+def answer_of(result: Any) -> Any:
+    """What a pipeline made, whatever its answer calls it."""
+    return next(getattr(result, name) for name in ("images", "image", "frames") if hasattr(result, name))
+
+
 def images_of(result: Any) -> Tensor:
     """`[N, 3, H, W]` of a pipeline's answer with `output_type="pt"`, `[N, F, 3, H, W]` if it is a video."""
-    images: Any = next(getattr(result, name) for name in ("images", "image", "frames") if hasattr(result, name))
+    images = answer_of(result)
     if not isinstance(images, Tensor):
         images = torch.stack(list(images))
     return images.float().cpu()

@@ -211,6 +211,24 @@ def check_fits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         )
 
 
+def denoiser_of(pipe: Any) -> str:
+    """The name of the component that denoises.
+
+    Raises:
+        MarbleError: there is none, or there are two.
+    """
+    name = type(pipe).__name__
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise MarbleError(f"{name} denoises with two networks (transformer and transformer_2); one can be trained")
+    for part in ("transformer", "unet"):
+        if getattr(pipe, part, None) is not None:
+            if not hasattr(pipe, "scheduler"):
+                raise MarbleError(f"{name} has no scheduler")
+            return part
+    parts = ", ".join(n for n, m in pipe.components.items() if isinstance(m, nn.Module))
+    raise MarbleError(f"{name} has neither a transformer nor a unet to train; it has {parts}")
+
+
 def find_targets(denoiser: nn.Module, part: str, targets: Sequence[str] | None) -> list[str]:
     """The endings of layers' names that a LoRA goes on: those given, or those of attention.
 
@@ -291,7 +309,7 @@ def merge_lora(pipe: Any, source: str, field: str) -> None:
         pipe.fuse_lora()
         pipe.unload_lora_weights()
         return
-    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    denoiser = getattr(pipe, denoiser_of(pipe))
     for name, layer in list(denoiser.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
@@ -305,7 +323,7 @@ def _strangers(pipe: Any, source: str) -> list[str]:
         return []
     state = pipe.lora_state_dict(source, use_safetensors=True)
     state = state[0] if isinstance(state, tuple) else state
-    part = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+    part = denoiser_of(pipe)
     own = {name for name, _ in getattr(pipe, part).named_modules()}
     found = {key.split(".lora_A.")[0] for key in state if key.startswith(part + ".") and ".lora_A." in key}
     return sorted(layer for layer in found if layer.removeprefix(part + ".") not in own)
@@ -321,7 +339,7 @@ def _load_for_peft(pipe: Any, folder: Path, adapter_name: str = "default") -> No
     from peft import LoraConfig, inject_adapter_in_model
     from peft.utils import set_peft_model_state_dict
 
-    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    denoiser = getattr(pipe, denoiser_of(pipe))
     inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), denoiser, adapter_name=adapter_name)
     state = load_file(folder / PEFT_FILE)
     own = {key.removeprefix("base_model.model."): value for key, value in state.items()}

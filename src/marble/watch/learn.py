@@ -197,8 +197,7 @@ def _check(manner: Manner, watch: Watch, name: str, images: Tensor | None = None
     """Make a recorded call again, from what training keeps of it; for some of its images, for all if None."""
     sample, output = watch.tensors(1)
     call = watch.calls[1]
-    given = torch.stack(list(call[manner.latent])) if manner.listed else call[manner.latent]
-    conditioning, given = Conditioning.of_call(manner, watch.calls[0], len(sample)), given.reshape(sample.shape)
+    conditioning, given = Conditioning.of_call(manner, watch.calls[0], len(sample)), manner.latents_of(call, sample)
     if images is not None:
         conditioning, given, output = conditioning[images], given[images], output[images]
     told = call[manner.timestep].flatten()[:1].expand(len(given))
@@ -218,8 +217,7 @@ def _check_levels(manner: Manner, watch: Watch, name: str) -> None:
         return
     seen = watch.seen(manner)
     levels = levels_of(scheduler, seen.steps, seen.told)[torch.ones(len(output), dtype=torch.int64)]
-    given = torch.stack(list(call[manner.latent])) if manner.listed else call[manner.latent]
-    found = levels.clean(given.reshape(output.shape).float(), output.float())
+    found = levels.clean(manner.latents_of(call, output).float(), output.float())
     off = (found - seen.x0.float()).norm() / seen.x0.float().norm()
     if not off < _OFF:
         raise MarbleError(

@@ -50,6 +50,11 @@ class Manner:
         own = {self.latent: list(given.unbind(0)) if self.listed else given, self.timestep: told}
         return self.sign * as_sample(denoiser(**{**arguments, **own}), latents).float()
 
+    def latents_of(self, arguments: dict[str, Any], like: Tensor) -> Tensor:
+        """The latents of a recorded call, shaped as the scheduler's sample `like`."""
+        given = arguments[self.latent]
+        return (torch.stack(list(given)) if self.listed else given).reshape(like.shape)
+
     def _in_place(self, path: Path, node: Any) -> Any:
         return node.movedim(0, self.dims[path]) if path in self.dims else KEEP
 
