@@ -40,7 +40,7 @@ def anchors(rewards: list[Reward], prompts: list[Record]) -> tuple[dict[str, flo
 def standing(model: str = "mini", steps: int | None = None) -> dict[str, tuple[float, float, float]]:
     """Reward → mean of noise, of the base model, of perfect pictures."""
     config = make_config(read_config(demo_config_path()))
-    rewards = load_rewards([term.reward for term in config.rewards] + config.held_out_rewards)
+    rewards = load_rewards([*config.rewards, *config.held_out_rewards])
     prompts = held_out_prompts(config)
     noise, perfect = anchors(rewards, prompts)
     policy = Policy.from_pretrained(model, call=config.model.call)

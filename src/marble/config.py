@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from marble.catalogue import METHODS, OBJECTIVES, SCHEDULERS
 from marble.errors import MarbleError, nearest
-from marble.registry import check, is_file
+from marble.registry import check, is_data_set, is_file, is_url
 from marble.rules import check_rules
 
 
@@ -59,14 +59,37 @@ class Model(_Section):
 class PromptSource(_Section):
     """One source of prompts in the mixture."""
 
-    source: str = Field(description="registered name, .txt or .jsonl file, or package.module:function")
+    source: str = Field(
+        description="registered name, .txt or .jsonl file, hf:owner/name of a data set, or package.module:function"
+    )
     share: float = Field(1.0, gt=0, description="share of an epoch's prompts, relative to the other sources'")
+    safe: bool = Field(True, description="leave out loaded prompts that the safety filter objects to")
+    subset: str | None = Field(None, description="hf: configuration of the data set")
+    column: str | None = Field(None, description="hf: column of the texts; prompt, text or caption, if not given")
+    split: str = Field("train", description="hf: split to train on")
+    held_out_split: str | None = Field(None, description="hf: split to hold out; every fifth prompt, if not given")
 
 
-class RewardTerm(_Section):
+class RewardUse(_Section):
+    """One reward, and how it is to judge."""
+
+    reward: str = Field(description="registered name, package.module:attribute, or URL/NAME of a served one")
+    url: list[str] = Field([], description="marble servers that judge in place of this process; one or several")
+    settings: dict[str, Any] = Field({}, description="of the reward; batch, workers and timeout are every reward's")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthands(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            return {"reward": values}
+        if isinstance(values, dict) and isinstance(values.get("url"), str):
+            return {**values, "url": [values["url"]]}
+        return values
+
+
+class RewardTerm(RewardUse):
     """One training reward."""
 
-    reward: str = Field(description="registered name, or package.module:Class")
     weight: float = Field(1.0, gt=0, description="weight in the weighted sum; balancing methods do not use it")
     priority: float = Field(1.0, gt=0, description="progress asked for, relative to the other rewards'")
     floor: bool = Field(False, description="never traded away: no solved direction opposes this reward's gradient")
@@ -202,7 +225,10 @@ class Config(_Section):
     model: Model = Model()
     prompts: list[PromptSource] = Field(min_length=1)
     rewards: list[RewardTerm] = Field(min_length=1)
-    held_out_rewards: list[str] = Field([], description="evaluated, never trained on")
+    held_out_rewards: list[RewardUse] = Field([], description="evaluated, never trained on")
+    missing_limit: int = Field(
+        10, ge=1, description="updates in a row without any score of a reward after which the run stops, saved"
+    )
     rollout: Rollout = Rollout()
     objective: Objective = Objective()
     balance: Balance = Balance()
@@ -267,11 +293,14 @@ def check_names(config: Config) -> None:
     problems = []
     sources = [(f"prompts.{i}.source", "prompt source", p.source) for i, p in enumerate(config.prompts)]
     rewards = [(f"rewards.{i}.reward", "reward", r.reward) for i, r in enumerate(config.rewards)]
-    kept = [(f"held_out_rewards.{i}", "reward", name) for i, name in enumerate(config.held_out_rewards)]
-    for where, kind, name in sources + rewards + kept:
+    kept = [(f"held_out_rewards.{i}.reward", "reward", r.reward) for i, r in enumerate(config.held_out_rewards)]
+    rewards = [(where, kind, name) for where, kind, name in rewards + kept if not is_url(name)]
+    for where, kind, name in sources + rewards:
         if kind == "prompt source" and is_file(name):
             if not Path(name).is_file():
                 problems.append(f'  {where}: prompt file "{name}" does not exist')
+            continue
+        if kind == "prompt source" and is_data_set(name):
             continue
         try:
             check(kind, name)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from marble.errors import MarbleError
+
 GIB = 2**30
 
 
@@ -24,6 +26,36 @@ def forget(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def find_device(device: str, field: str = "model.device", *, shared: bool = False) -> torch.device:
+    """`auto` is this process's own GPU, or the CPU; anything else is taken at its word.
+
+    Args:
+        device: what was asked for.
+        field: the setting, for messages.
+        shared: whether several processes may have the same.
+
+    Raises:
+        MarbleError: no such device here.
+    """
+    own = device == "auto"
+    if own:
+        if torch.cuda.is_available():
+            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        else:
+            device = "cpu"
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise MarbleError(f'{field}: "{device}" cannot be used here: {reason}') from error
+    if found.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise MarbleError(f'{field}: "{device}" holds no numbers; use auto, cpu or cuda')
+    if found.index is not None and not own and not shared and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise MarbleError(f'{field}: several processes cannot all have "{device}"; use auto')
+    return found
 
 
 def free_bytes(device: torch.device) -> int:

@@ -17,6 +17,16 @@ def is_file(source: str) -> bool:
     return source.endswith((".txt", ".jsonl"))
 
 
+def is_data_set(source: str) -> bool:
+    """Whether a prompt source is a data set of the Hugging Face hub: `hf:owner/name`."""
+    return source.startswith("hf:")
+
+
+def is_url(name: str) -> bool:
+    """Whether a reward is a server's: `http://host:port/NAME`."""
+    return name.startswith(("http://", "https://"))
+
+
 def known(kind: str) -> dict[str, EntryPoint]:
     """Name → entry point of everything registered of one of `GROUPS`, by name."""
     return {point.name: point for point in sorted(entry_points(group=GROUPS[kind]), key=lambda p: p.name)}

@@ -104,7 +104,7 @@ def _balance(config: Config) -> list[str]:
     names = [term.reward for term in config.rewards]
     for name in sorted({n for n in names if names.count(n) > 1}):
         problems.append(f'rewards: "{name}" is given more than once')
-    for name in sorted(set(names) & set(config.held_out_rewards)):
+    for name in sorted(set(names) & {use.reward for use in config.held_out_rewards}):
         problems.append(f'held_out_rewards: "{name}" is also trained on')
     return problems
 

@@ -47,7 +47,7 @@ def check_config(config: Config) -> None:
     """
     check_names(config)
     model_path(config.model.id)
-    rewards = load_rewards([term.reward for term in config.rewards] + config.held_out_rewards)
+    rewards = load_rewards([*config.rewards, *config.held_out_rewards])
     train = [record for source in config.prompts for record in load_source(source.source, "train")]
     check_applies(rewards, train, "prompt")
     held_out = held_out_prompts(config)
@@ -128,7 +128,7 @@ def assemble(config: Config) -> Parts:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    rewards = load_rewards([term.reward for term in config.rewards] + config.held_out_rewards)
+    rewards = load_rewards([*config.rewards, *config.held_out_rewards])
     count = len(config.rewards)
     sources = [(load_source(source.source, "train"), source.share) for source in config.prompts]
     policy = _trained_policy(config)

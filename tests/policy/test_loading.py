@@ -12,7 +12,8 @@ from huggingface_hub.errors import (
 from torch import nn
 
 from marble import MarbleError, Policy
-from marble.policy.loading import find_device, load_pipeline, model_path, place, save_memory
+from marble.memory import find_device
+from marble.policy.loading import load_pipeline, model_path, place, save_memory
 
 from ..pipelines import call_of
 

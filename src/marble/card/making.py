@@ -30,8 +30,9 @@ def rewards(run: Run) -> str:
         ]
         for row in rewards_of(run)
     ]
-    names = evaluation.get("held_out_rewards", config.held_out_rewards)
-    for name, registered in zip(names, config.held_out_rewards, strict=True):
+    given = [use.reward for use in config.held_out_rewards]
+    names = evaluation.get("held_out_rewards", given)
+    for name, registered in zip(names, given, strict=True):
         revision = plain(without_paths(evaluation.get("revisions", {}).get(name, "")))
         rows.append([plain(name), code(registered), revision or "not stated", "held out", "", "", ""])
     head = ("reward", "given as", "revision", "", "priority", "floor", "weight")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,31 +37,6 @@ def model_path(id_or_path: str) -> str:
             f'model "{id_or_path}" does not exist: neither a folder, a hub id (owner/name), nor one of {names}'
         )
     return id_or_path
-
-
-def find_device(device: str) -> torch.device:
-    """`auto` is this process's own GPU, or the CPU; anything else is taken at its word.
-
-    Raises:
-        MarbleError: no such device here.
-    """
-    own = device == "auto"
-    if own:
-        if torch.cuda.is_available():
-            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-        else:
-            device = "cpu"
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise MarbleError(f'model.device: "{device}" cannot be used here: {reason}') from error
-    if found.type not in ("cpu", "cuda", "mps", "xpu"):
-        raise MarbleError(f'model.device: "{device}" holds no numbers; use auto, cpu or cuda')
-    if found.index is not None and not own and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise MarbleError(f'model.device: several processes cannot all have "{device}"; use auto')
-    return found
 
 
 def load_pipeline(

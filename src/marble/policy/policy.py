@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from marble.errors import MarbleError
-from marble.memory import is_out_of_memory
+from marble.memory import find_device, is_out_of_memory
 from marble.noise import NoiseLevels, levels_of, make_scheduler
-from marble.policy.loading import DTYPES, find_device, load_pipeline, place, save_memory
+from marble.policy.loading import DTYPES, load_pipeline, place, save_memory
 from marble.policy.sampling import (
     Caller,
     Job,

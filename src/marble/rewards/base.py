@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from marble.errors import MarbleError
 from marble.prompts import Record
-from marble.registry import resolve
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What to know of a reward before trusting a model to it; `marble list rewards` shows it."""
+
+    model: str
+    """Hub id of what scores, or `none` for a closed form."""
+    preprocessing: str
+    scale: str
+    """What the number is, its range, and how far it spreads."""
+    applies: str
+    """Which prompts it can judge."""
+    licence: str
+    """Of the weights."""
+    hacks: str
+    """What is known to raise it without making better pictures."""
 
 
 class Reward:
     """Base of all rewards: higher is better, the scale is the reward's own.
 
-    A subclass sets `name` and writes `score`; it overrides `applies` if it cannot judge every prompt.
-    Models are loaded on first use, not when the object is made.
+    A subclass sets `name` and writes `score`; it overrides `applies` if it cannot judge every prompt. Its constructor's
+    keyword arguments are its settings in a config, checked against their annotations. Models are loaded in `prepare`
+    or on first use, not when the object is made.
     """
 
     name: str
@@ -31,21 +48,52 @@ class Reward:
     """What exactly scored: a model's revision, a world's version. Written into `evaluation.json`."""
     about: str = ""
     """One line for `marble list rewards`."""
+    facts: Facts | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """As the config had them."""
+    cached: bool = False
+    """Whether evaluation may take a score from an earlier one of the same image and prompt; needs `revision`."""
+
+    batch: int = 64
+    """Images given to `score` at a time, in this order whatever the rollout's batches; groups are never split."""
+    workers: int = 0
+    """Threads in which it judges beside the sampling of the next images; 0: after the sampling."""
+    timeout: float = 600.0
+    """Seconds that one call of `score` may take; after that its scores are missing."""
 
     def applies(self, record: Record) -> bool:
         """Whether this reward can judge pictures of `record`. Where it cannot, the score is missing, not zero."""
         return True
+
+    def applies_to(self, records: Sequence[Record]) -> list[bool]:
+        """`applies` of many, `[N]`."""
+        return [self.applies(record) for record in records]
+
+    def check(self) -> None:
+        """Find out cheaply whether it could score: what is installed, settings that exclude each other.
+
+        Raises:
+            MarbleError: it could not, and what to do.
+        """
+
+    def prepare(self) -> None:
+        """Load what scoring needs; called once before a run, so that what is missing is found before anything is made.
+
+        Raises:
+            MarbleError: it cannot be had.
+        """
 
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
         """Judge pictures.
 
         Args:
             images: `[N, 3, H, W]`, uint8 (or float in [0, 1], see `wants_floats`); `[N, F, 3, H, W]` are videos (see
-                `judges_videos`).
+                `judges_videos`). On the CPU.
             records: `[N]`, the prompts they were made from; all apply.
 
         Returns:
-            `[N]`, higher is better; NaN where a score could not be had.
+            `[N]`, higher is better; NaN where a score could not be had. An exception makes all N missing; the run goes
+            on, with a warning.
         """
         raise NotImplementedError
 
@@ -56,96 +104,23 @@ class RewardTable:
 
     names: list[str]  # [K]
     scores: Tensor  # [N, K] float64
-    applies: Tensor  # [N, K] bool
+    wanted: Tensor  # [N, K] bool: the reward can judge the image's prompt
 
+    @property
+    def applies(self) -> Tensor:
+        """`[N, K]` bool: there is a score."""
+        return ~self.scores.isnan()
 
-def load_rewards(names: Sequence[str]) -> list[Reward]:
-    """Make the rewards of the given registered names or `package.module:Class` paths.
+    @property
+    def missing(self) -> Tensor:
+        """`[K]` int64: images that a reward should have judged and gave no score for."""
+        return (self.wanted & self.scores.isnan()).sum(dim=0)
 
-    Raises:
-        MarbleError: a name is unknown, or two rewards call themselves the same.
-    """
-    rewards = []
-    for name in names:
-        reward = resolve("reward", name)
-        reward = reward() if isinstance(reward, type) else reward
-        missing = [part for part in ("name", "applies", "score") if not hasattr(reward, part)]
-        if missing:
-            raise MarbleError(
-                f'reward "{name}" is no reward: it has no {", ".join(missing)}; derive it from marble.Reward'
-            )
-        rewards.append(reward)
-    own = [reward.name for reward in rewards]
-    if twice := sorted({name for name in own if own.count(name) > 1}):
-        raise MarbleError(f"rewards: {', '.join(twice)} given more than once")
-    return rewards
-
-
-def score_images(
-    rewards: Sequence[Reward],
-    images: Tensor,
-    records: Sequence[Record],
-    group_ids: Tensor,
-    *,
-    frames: int | None = None,
-) -> RewardTable:
-    """Score a batch by every reward, each on the images it can judge.
-
-    Args:
-        rewards: K rewards.
-        images: `[N, 3, H, W]` float in [0, 1], or videos `[N, F, 3, H, W]`; rounded to uint8 for rewards that do not
-            ask for floats.
-        records: `[N]`, the image's prompt.
-        group_ids: `[N]` int64, images of one prompt share a number.
-        frames: how many frames of a video, evenly spaced, a reward for images judges; all, if not given.
-
-    Returns:
-        The table, on the CPU; a score that is not finite counts as missing.
-
-    Raises:
-        MarbleError: a reward does not return one number an image.
-    """
-    as_bytes = to_bytes(images)
-    scores = torch.full((len(images), len(rewards)), torch.nan, dtype=torch.float64)
-    for k, reward in enumerate(rewards):
-        judged = torch.tensor([reward.applies(record) for record in records], dtype=torch.bool)
-        pictures = images if getattr(reward, "wants_floats", False) else as_bytes
-        parts = [judged]
-        if getattr(reward, "groupwise", False):
-            parts = [judged & (group_ids == g) for g in group_ids[judged].unique()]
-        for part in parts:
-            chosen = part.nonzero().flatten()
-            if len(chosen):
-                some = [records[i] for i in chosen.tolist()]
-                scores[chosen, k] = _score(reward, pictures[chosen], some, frames)
-    return RewardTable([reward.name for reward in rewards], scores, ~scores.isnan())
-
-
-def _spaced(count: int, some: int) -> Tensor:
-    """`some` of `count` frames from the first to the last; the middle one of one."""
-    return torch.tensor([count // 2]) if some == 1 else torch.linspace(0, count - 1, some).round().long()
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """uint8 of floats in [0, 1], one image at a time: videos are large."""
-    made = torch.empty(images.shape, dtype=torch.uint8)
-    for one, image in zip(made, images, strict=True):
-        one.copy_((image.clamp(0, 1) * 255).round())
-    return made
-
-
-def _score(reward: Reward, pictures: Tensor, records: list[Record], frames: int | None) -> Tensor:
-    """`[N]` float64 scores of pictures or videos, NaN for those that are not finite."""
-    if pictures.ndim == 5 and not getattr(reward, "judges_videos", False):
-        if frames is not None and frames < pictures.shape[1]:
-            pictures = pictures[:, _spaced(pictures.shape[1], frames)]
-        each = [_score(reward, frame, records, None) for frame in pictures.unbind(1)]  # groups of one moment each
-        return torch.stack(each).nanmean(dim=0)
-    result = torch.as_tensor(reward.score(pictures, records))
-    if result.shape != (len(pictures),):
-        raise MarbleError(
-            f"reward {reward.name}: score() must return one number an image, [{len(pictures)}], "
-            f"got shape {list(result.shape)}"
-        )
-    result = result.detach().to("cpu", torch.float64)
-    return torch.where(result.isfinite(), result, torch.nan)
+    @property
+    def silent(self) -> list[str]:
+        """Rewards that should have judged images and gave no score for any of them."""
+        return [
+            name
+            for name, wanted, missing in zip(self.names, self.wanted.sum(dim=0), self.missing, strict=True)
+            if 0 < wanted == missing
+        ]

@@ -14,5 +14,5 @@ def gather_table(table: RewardTable, own: range, count: int) -> RewardTable:
         own: which of the images these are.
         count: N images in all.
     """
-    scores, applies = (gather_rows(rows, own, count) for rows in (table.scores, table.applies))
-    return RewardTable(table.names, scores, applies)
+    scores, wanted = (gather_rows(rows, own, count) for rows in (table.scores, table.wanted))
+    return RewardTable(table.names, scores, wanted)

@@ -1,0 +1,133 @@
+"""Makes rewards of what a config says: registered names, dotted paths, functions, URLs, and their settings."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from marble.config import RewardUse
+from marble.errors import MarbleError, nearest
+from marble.prompts import Record
+from marble.registry import is_url, resolve
+from marble.rewards.base import Reward
+
+COMMON: dict[str, Any] = {"name": str, "batch": int, "workers": int, "timeout": float}
+"""Settings that every reward has, and their types."""
+
+
+class FunctionReward(Reward):
+    """A plain function as a reward: `f(images)` or `f(images, records)`.
+
+    The function's own attributes of the contract's names (`f.groupwise = True`, `f.applies = …`) count as a class's.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, given: int) -> None:
+        """Of a function that takes `given` positional arguments."""
+        self.name, self._function, self._given = name, function, given
+        inner = getattr(function, "func", function)
+        self.about = (inspect.getdoc(inner) or "").split("\n")[0]
+        for attribute in ("groupwise", "judges_videos", "wants_floats", "revision", "cached", "applies", *COMMON):
+            if hasattr(inner, attribute):
+                setattr(self, attribute, getattr(inner, attribute))
+
+    def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
+        """What the function says."""
+        return self._function(*(images, records)[: self._given])
+
+
+def load_rewards(uses: Sequence[str | RewardUse]) -> list[Reward]:
+    """Make the rewards of a config, or of registered names, `package.module:attribute` paths and URLs alone.
+
+    Raises:
+        MarbleError: a name is unknown, settings do not fit, or two rewards call themselves the same.
+    """
+    rewards = [make_reward(RewardUse(reward=use) if isinstance(use, str) else use) for use in uses]
+    own = [reward.name for reward in rewards]
+    if twice := sorted({name for name in own if own.count(name) > 1}):
+        raise MarbleError(f"rewards: {', '.join(twice)} given more than once; settings: {{name: …}} tells them apart")
+    return rewards
+
+
+def make_reward(use: RewardUse) -> Reward:
+    """The reward that `use` stands for; nothing heavy is loaded.
+
+    Raises:
+        MarbleError: it cannot be found, is no reward, or does not take the settings.
+    """
+    settings = {name: value for name, value in use.settings.items() if name not in COMMON}
+    if use.url or is_url(use.reward):
+        from marble.rewards.remote import Remote  # here: most runs talk to no server
+
+        reward: Any = Remote(use.reward, use.url, **_checked(Remote, settings, use.reward, skip=2))
+    else:
+        reward = _local(resolve("reward", use.reward), settings, use.reward)
+    missing = [part for part in ("name", "applies", "score") if not hasattr(reward, part)]
+    if missing:
+        raise MarbleError(
+            f'reward "{use.reward}" is no reward: it has no {", ".join(missing)}; derive it from marble.Reward'
+        )
+    reward.settings = dict(use.settings)
+    for name, kind in COMMON.items():
+        if name in use.settings:
+            value = _converted(use.reward, name, kind, use.settings[name])
+            if name != "name" and (value < 0 or (value == 0 and name != "workers")):
+                raise MarbleError(f'reward "{use.reward}": settings.{name} must be positive, got {value}')
+            setattr(reward, name, value)
+    return reward
+
+
+def _local(target: Any, settings: dict[str, Any], what: str) -> Any:
+    if isinstance(target, type):
+        return target(**_checked(target, settings, what))
+    if inspect.isfunction(target):
+        parameters = inspect.signature(target).parameters.values()
+        given = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+        if given not in (1, 2):
+            raise MarbleError(
+                f'reward "{what}" is no reward: a function takes (images) or (images, records), and settings with '
+                f"defaults; this one takes {given} arguments"
+            )
+        function = functools.partial(target, **_checked(target, settings, what, skip=given))
+        return FunctionReward(function, target.__name__, given)
+    if settings:
+        raise MarbleError(f'reward "{what}": is made already, so it takes no settings; got {", ".join(settings)}')
+    return target
+
+
+def _checked(target: Any, settings: dict[str, Any], what: str, *, skip: int = 0) -> dict[str, Any]:
+    """`settings` as the keyword arguments of a constructor or function, each of the type that its annotation says."""
+    known = {
+        name: parameter
+        for name, parameter in list(inspect.signature(target).parameters.items())[skip:]
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    try:
+        hints = typing.get_type_hints(getattr(target, "__init__") if isinstance(target, type) else target)  # noqa: B009
+    except (NameError, TypeError):  # annotations that only a type checker sees
+        hints = {}
+    for name in settings:
+        if name not in known:
+            names = [*known, *COMMON]
+            raise MarbleError(
+                f'reward "{what}": unknown setting "{name}".{nearest(name, names)} Known: {", ".join(names)}'
+            )
+    needed = [name for name, p in known.items() if p.default is p.empty and name not in settings]
+    if needed:
+        raise MarbleError(f'reward "{what}": settings.{needed[0]} is required')
+    return {name: _converted(what, name, hints.get(name, Any), value) for name, value in settings.items()}
+
+
+def _converted(what: str, name: str, kind: Any, value: Any) -> Any:
+    try:
+        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise MarbleError(
+            f'reward "{what}": settings.{name}: {reason[0].lower()}{reason[1:]}, got {value!r}'
+        ) from error
