@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ["MARBLE_CACHE"] = "off"  # no test depends on what another has scored
 
 import pytest
 import torch

@@ -21,6 +21,7 @@ from marble.gradients import PerRewardGradients
 from marble.objectives.visit import Visits, plan_epoch
 from marble.prompts import PromptBatch, Record
 from marble.rewards import RewardTable
+from marble.rewards.absence import Absence
 from marble.rollout import Rollout, collect
 from marble.setup import Parts
 from marble.step import make_update
@@ -111,7 +112,8 @@ class Trial:
                     parameter.copy_(value)
                     parameter.grad = None
         engine = PerRewardGradients(self.policy.denoiser, parameters=self.policy.parameters)
-        return Parts(self.policy, None, [], [], Method(config), engine, Updater(self.policy, config), [], WEIGHTS)
+        updater = Updater(self.policy, config)
+        return Parts(self.policy, None, [], [], Method(config), engine, updater, [], WEIGHTS, Absence(1))
 
     @staticmethod
     def plan(config: Config, epoch: int = 0, own: range | None = None) -> list[list[Visits]]:

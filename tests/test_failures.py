@@ -195,3 +195,88 @@ def test_memory_that_runs_out_anywhere_is_one_message(config, tmp_path, monkeypa
     error = capsys.readouterr().err
     assert "marble: out of memory; use model.dtype" in error
     assert "Traceback" not in error
+
+
+# ---- rewards that stop answering --------------------------------------------------------------------------
+
+
+class Flaky(Reward):
+    """Raises from the given call on: the first two are of the evaluation at the start."""
+
+    name = "flaky"
+    calls, alive = 0, range(0)
+
+    def score(self, images, records):
+        Flaky.calls += 1
+        if Flaky.calls not in Flaky.alive:
+            raise ConnectionError("no route to host")
+        return images[:, 0].float().mean((1, 2)) / 255
+
+
+@pytest.fixture
+def flaky(config, monkeypatch):
+    """A run with a second reward that answers in the evaluation at the start and in the first epoch."""
+    monkeypatch.setattr(Flaky, "calls", 0)
+    monkeypatch.setattr(Flaky, "alive", range(1, 3))
+    values = config.model_dump()
+    values["rewards"].append({"reward": f"{__name__}:Flaky"})
+    return make_config(values | {"missing_limit": 2, "budget": {"updates": 6}})
+
+
+def test_a_run_goes_on_without_a_reward_and_stops_saved_at_the_limit(flaky, tmp_path, caplog, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(MarbleError) as caught:
+        train(flaky, out)
+    assert str(caught.value) == (
+        "rewards: no score of flaky in 2 updates in a row or more (missing_limit); the run has stopped, saved after "
+        "update 3; mend it, then go on with marble train --resume"
+    )
+    rows = Run(out).metrics()
+    assert [row["update"] for row in rows] == [0, 1, 2, 3]
+    assert rows[1]["reward"]["flaky"] is not None
+    assert "missing" not in rows[1]
+    assert [row["reward"]["flaky"] for row in rows[2:]] == [None, None]
+    assert [row["missing"] for row in rows[2:]] == [{"flaky": 6}] * 2
+    assert all(row["reward"]["bright"] is not None for row in rows[1:])
+    assert "reward flaky: no score for 6 of 6 images: ConnectionError: no route to host" in caplog.text
+    assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+    monkeypatch.setattr(Flaky, "alive", range(1, 10**6))  # mended
+    run = train(flaky, out, resume=True)
+    assert [row["update"] for row in run.metrics()] == list(range(7))
+    assert run.metrics()[4]["reward"]["flaky"] is not None
+    assert "flaky" in run.evaluation()["gains"]
+
+
+def test_what_is_missing_is_remembered_over_an_interruption(flaky, tmp_path):
+    out = tmp_path / "run"
+    train(flaky, out, watch=lambda metrics: metrics["update"] == 2)  # broken off when it has been missing once
+    with pytest.raises(MarbleError, match="saved after update 3"):
+        train(flaky, out, resume=True)
+
+
+def test_one_score_brings_a_reward_back(flaky, tmp_path, monkeypatch):
+    class Rarely:
+        def __contains__(self, call):
+            return call <= 2 or call % 2 == 0
+
+    monkeypatch.setattr(Flaky, "alive", Rarely())
+    run = train(flaky, tmp_path / "run")
+    assert [row.get("missing") for row in run.metrics()[1:]] == [None, {"flaky": 6}] * 3
+
+
+def test_a_run_stops_at_once_when_no_reward_is_left(config, flaky, tmp_path, monkeypatch):
+    values = config.model_dump() | {"rewards": [{"reward": f"{__name__}:Flaky"}], "missing_limit": 100}
+    out = tmp_path / "run"
+    with pytest.raises(MarbleError, match="no score of flaky in a whole epoch; the run has stopped, saved after update 1"):
+        train(make_config(values), out)
+    monkeypatch.setattr(Flaky, "alive", range(1, 10**6))
+    run = train(make_config(values), out, resume=True)
+    assert [row["update"] for row in run.metrics()] == list(range(5))
+
+
+def test_a_reward_that_never_answers_is_found_before_training(flaky, tmp_path, monkeypatch):
+    monkeypatch.setattr(Flaky, "alive", range(0))
+    with pytest.raises(MarbleError, match="no score of flaky for any of the base model's pictures"):
+        train(flaky, tmp_path / "run")
+    assert not (tmp_path / "run" / "lora").exists()

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 import torch
 
@@ -59,8 +62,11 @@ class Misshapen(Reward):
 NOT_A_REWARD = object()
 
 
+SHADES = torch.tensor([0.0, 0.25, 0.5, 1.0])[:, None, None, None].expand(4, 3, 2, 2).contiguous()
+
+
 def test_table():
-    images = torch.tensor([0.0, 0.25, 0.5, 1.0])[:, None, None, None].expand(4, 3, 2, 2).contiguous()
+    images = SHADES
     table = score_images([Brightness(), Floats(), OnlyText(), Together(), Broken()], images, RECORDS, GROUPS)
     assert table.scores[:, 0].tolist() == [0.0, 64.0, 128.0, 255.0]  # rounded to 8 bits, halves to even
     assert table.scores[:, 1].tolist() == [0.0, 0.25, 0.5, 1.0]
@@ -68,8 +74,60 @@ def test_table():
     assert table.scores[1, 2].isnan()
     assert table.scores[:, 3].tolist() == [2.0] * 4
     assert table.applies[:, 4].tolist() == [True, False, False, True]  # what is not finite is missing
-    with pytest.raises(MarbleError, match=r"reward misshapen: score\(\) must return one number an image, \[4\], got"):
-        score_images([Misshapen()], images, RECORDS, GROUPS)
+
+
+class Raising(Reward):
+    name = "raising"
+
+    def score(self, images, records):
+        raise KeyError("colour")
+
+
+class Hanging(Reward):
+    name = "hanging"
+    timeout = 0.05
+    batch = 1
+
+    def __init__(self):
+        self.release = threading.Event()
+
+    def score(self, images, records):
+        self.release.wait()
+        return torch.ones(len(images))
+
+
+def test_a_reward_that_fails_leaves_scores_missing_and_says_why(caplog):
+    hanging = Hanging()
+    table = score_images([Misshapen(), Raising(), hanging, Brightness(), Broken()], SHADES, RECORDS, GROUPS)
+    assert table.missing.tolist() == [4, 4, 4, 0, 2]
+    assert table.silent == ["misshapen", "raising", "hanging"]
+    assert table.scores[:, 3].tolist() == [0.0, 64.0, 128.0, 255.0]
+    assert table.metrics()["missing"] == {"misshapen": 4, "raising": 4, "hanging": 4, "broken": 2}
+    assert [record.getMessage() for record in caplog.records] == [
+        "reward misshapen: no score for 4 of 4 images: score() must return one number an image, [4], got shape [1]",
+        "reward raising: no score for 4 of 4 images: KeyError: 'colour'",
+        "reward hanging: no score for 1 of 4 images: did not answer within 0.05 s",
+        "reward hanging: no score for 3 of 4 images: an earlier call has not come back",
+        "reward broken: no score for 2 of 4 images: it answered with no number",
+    ]
+    again = score_images([hanging], SHADES, RECORDS, GROUPS)  # it hangs still: no time is lost on it
+    assert again.silent == ["hanging"]
+    hanging.release.set()
+    deadline = time.monotonic() + 10
+    while score_images([hanging], SHADES, RECORDS, GROUPS).silent:  # and is back as soon as its call is
+        assert time.monotonic() < deadline
+    assert again.missing.tolist() == [4]
+
+
+def test_what_applies_raises_is_the_rewards_mistake():
+    class NoTargets(Brightness):
+        name = "no targets"
+
+        def applies(self, record):
+            return record.targets["text"] != ""
+
+    with pytest.raises(MarbleError, match=r"reward no targets: applies\(\) fails on a prompt: KeyError: 'text'; it must"):
+        score_images([NoTargets()], SHADES, RECORDS, GROUPS)
 
 
 def test_by_dotted_path_and_unknown():
@@ -177,17 +235,15 @@ def test_a_frame_without_a_score_takes_no_part_in_the_mean():
     assert not table.applies.any()
 
 
-def test_a_video_reward_that_answers_for_frames_is_refused():
+def test_a_video_reward_that_answers_for_frames_gives_no_score(caplog):
     class ByFrame(Whole):
         name = "by frame"
 
         def score(self, images, records):
             return images.float().mean(dim=(2, 3, 4))
 
-    with pytest.raises(
-        MarbleError, match=r"reward by frame: score\(\) must return one number an image, \[4\], got .*4, 5"
-    ):
-        score_of(ByFrame())
+    assert torch.tensor(score_of(ByFrame())).isnan().all()
+    assert "score() must return one number an image, [4], got shape [4, 5]" in caplog.text
 
 
 def test_an_object_with_no_more_than_is_asked_of_a_reward():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 from marble.distributed import gather_rows, share
 from marble.policy import Policy
 from marble.prompts import Record
-from marble.rewards import Reward, score_images
+from marble.rewards import Judging, Reward
+from marble.rewards.cache import ScoreCache
 from marble.rewards.gather import gather_table
 
 
@@ -25,6 +26,7 @@ class Evaluation:
     scores: Tensor  # [M, K] float64, NaN where a reward does not apply
     prompts: list[str]  # one a group of images
     images: Tensor  # [M, 3, H, W] ([M, F, 3, H, W] of videos) uint8, or those of the first prompts alone
+    silent: list[str] = field(default_factory=list)  # rewards that should have judged images and did none
 
     @property
     def per_prompt(self) -> np.ndarray:
@@ -68,6 +70,7 @@ def evaluate(
     scheduler: str = "own",
     frames: int | None = None,
     shown: int | None = None,
+    cache: ScoreCache | None = None,
 ) -> Evaluation:
     """Make images of `prompts` with the same `seeds` for each prompt, and score them.
 
@@ -85,12 +88,15 @@ def evaluate(
         scheduler: one of `marble.noise.SCHEDULERS`.
         frames: how many frames of a video a reward for images judges; all, if not given.
         shown: of how many prompts, from the first, the images are kept; of all, if not given.
+        cache: scores of earlier evaluations, of the rewards that allow it.
     """
     own, each = share(len(prompts)), len(seeds)
     mine, rows = prompts[own.start : own.stop], range(own.start * each, own.stop * each)
     images, made = torch.empty(0, 3, 0, 0), [*mine]
     if policy.in_step:  # every process makes as many calls as the one with the largest share
         made += [prompts[0]] * (len(share(len(prompts), 0)) - len(mine))
+    groups = torch.arange(own.start, own.stop).repeat_interleave(each)
+    judging = Judging(rewards, [record for record in mine for _ in seeds], groups, frames=frames, cache=cache)
     if made:
         images = policy.images(
             [p.text for p in made],
@@ -100,14 +106,14 @@ def evaluate(
             guidance=guidance,
             scheduler=scheduler,
             batch=batch,
+            seen=judging.add,
         )[: len(rows)]
-    groups = torch.arange(own.start, own.stop).repeat_interleave(each)
-    local = score_images(rewards, images, [record for record in mine for _ in seeds], groups, frames=frames)
-    table = gather_table(local, rows, len(prompts) * each)
+    table = gather_table(judging.table(), rows, len(prompts) * each)
     keep = each * (len(prompts) if shown is None else min(shown, len(prompts)))
     kept = range(min(rows.start, keep), min(rows.stop, keep))
     pixels = (images[: len(kept)].clamp(0, 1) * 255).round().to(torch.uint8)
-    return Evaluation(table.names, table.scores, [p.text for p in prompts], gather_rows(pixels, kept, keep))
+    pixels = gather_rows(pixels, kept, keep)
+    return Evaluation(table.names, table.scores, [p.text for p in prompts], pixels, table.silent)
 
 
 def gains(before: Evaluation, after: Evaluation, *, resamples: int = 2000, seed: int = 0) -> dict[str, Gain]:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from marble.config import Config
 from marble.distributed import agree, decide, is_main
+from marble.errors import MarbleError
 from marble.evaluation import Evaluation, evaluate, gains
+from marble.rewards.cache import ScoreCache
 from marble.run import Run
 from marble.seeds import derive
 from marble.setup import Parts, tracked
@@ -29,6 +31,7 @@ class HeldOut:
         self.rewards = [*parts.rewards, *parts.held_out_rewards]
         self.seeds = [derive(0, "evaluation", i) % 2**32 for i in range(config.evaluation.images)]
         self.tracked = tracked(config)
+        self.cache = ScoreCache.default() if any(ScoreCache.holds(reward) for reward in self.rewards) else None
         self.start: Evaluation | None = None
         self.strikes = 0
         self.best = self._average() if config.evaluation.early_stop else {}
@@ -56,6 +59,7 @@ class HeldOut:
             scheduler=settings.scheduler,
             frames=self.config.rollout.judged_frames,
             shown=shown,
+            cache=self.cache,
         )
 
     def before(self) -> None:
@@ -66,6 +70,11 @@ class HeldOut:
             return
         adapter = None if self.config.model.lora.start is None else "ema"  # where training starts from
         self.start = self._evaluate(len(self.parts.held_out_prompts), adapter, SHOWN_PROMPTS)
+        if self.start.silent:
+            raise MarbleError(
+                f"rewards: no score of {', '.join(self.start.silent)} for any of the base model's pictures (the "
+                "warnings above say why); nothing has been trained"
+            )
         self._show(self.start, "before")
         self.run.write_evaluation(self._content(self.start))
         self.run.log({"update": 0, "held_out": self._first(self.start).means()})

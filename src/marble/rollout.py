@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,10 +46,12 @@ def collect(
     scheduler: str = "own",
     offset: int = 0,
     prompts: int = 0,
+    seen: Callable[[Tensor], object] = lambda images: None,
 ) -> Rollout:
     """Sample every image of `batch`: the same seeds and weights give the same images.
 
-    If processes have to keep step, and one of them has `prompts`, some are sampled twice, and left out.
+    If processes have to keep step, and one of them has `prompts`, some are sampled twice, and left out. `seen` is given
+    images as soon as they are made, those left out at the end included.
 
     Raises:
         MarbleError: latents are not finite; names the layer.
@@ -62,6 +65,7 @@ def collect(
         guidance=guidance,
         scheduler=scheduler,
         batch=images_per_call,
+        seen=seen,
     )
     broken = ~samples.x0.flatten(1).isfinite().all(dim=1)
     if broken.any():

@@ -16,7 +16,8 @@ from marble.gradients import PerRewardGradients
 from marble.memory import GIB, free_bytes, full_training_bytes
 from marble.policy import Policy, model_path
 from marble.prompts import PromptMixture, Record, load_source
-from marble.rewards import Reward, load_rewards
+from marble.rewards import Reward, applies_to, check_rewards, load_rewards, prepare_rewards
+from marble.rewards.absence import Absence
 from marble.rules import split_by_share
 from marble.seeds import derive
 from marble.update import Updater
@@ -37,6 +38,7 @@ class Parts:
     updater: Updater
     held_out_prompts: list[Record]
     weights: torch.Tensor  # [K] float64, of the weighted sum
+    absence: Absence
 
 
 def check_config(config: Config) -> None:
@@ -48,6 +50,7 @@ def check_config(config: Config) -> None:
     check_names(config)
     model_path(config.model.id)
     rewards = load_rewards([*config.rewards, *config.held_out_rewards])
+    check_rewards(rewards)
     train = [record for source in config.prompts for record in load_source(source.source, "train")]
     check_applies(rewards, train, "prompt")
     held_out = held_out_prompts(config)
@@ -90,7 +93,7 @@ def check_applies(rewards: Sequence[Reward], records: Sequence[Record], what: st
     Raises:
         MarbleError: names those that cannot.
     """
-    idle = [reward.name for reward in rewards if not any(reward.applies(record) for record in records)]
+    idle = [reward.name for reward in rewards if not any(applies_to(reward, records))]
     if idle:
         sources = sorted({record.source for record in records})
         raise MarbleError(
@@ -129,6 +132,7 @@ def assemble(config: Config) -> Parts:
     if config.threads:
         torch.set_num_threads(config.threads)
     rewards = load_rewards([*config.rewards, *config.held_out_rewards])
+    prepare_rewards(rewards)
     count = len(config.rewards)
     sources = [(load_source(source.source, "train"), source.share) for source in config.prompts]
     policy = _trained_policy(config)
@@ -144,6 +148,7 @@ def assemble(config: Config) -> Parts:
         updater=Updater(policy, config),
         held_out_prompts=held_out_prompts(config),
         weights=torch.tensor([term.weight for term in config.rewards], dtype=torch.float64),
+        absence=Absence(config.missing_limit),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +21,41 @@ from marble.errors import MarbleError
 from marble.gradients.rows import Rows
 from marble.memory import forget, is_out_of_memory
 from marble.objectives.affine import AffineLoss
-from marble.objectives.visit import Visits, visit_loss, where_broken
+from marble.objectives.visit import Visits, plan_epoch, visit_loss, where_broken
+from marble.prompts import PromptBatch
 from marble.rollout import Rollout
 from marble.setup import Parts
 
 log = logging.getLogger("marble")
+
+
+def plan_updates(
+    config: Config, parts: Parts, rollout: Rollout, batch: PromptBatch, shares: Sequence[range], epoch: int
+) -> list[list[Visits]]:
+    """What this process visits in every update of an epoch.
+
+    Args:
+        config: of the run.
+        parts: of the run.
+        rollout: the images that this process holds.
+        batch: the prompts of all processes.
+        shares: which of these prompts each process has.
+        epoch: counted from 0.
+    """
+    tables, in_step = rollout.samples.conditioning.table_of, parts.policy.in_step
+    mixed = in_step and total(tables.any().item()) > 0  # then not even sizes can be kept in step
+    return plan_epoch(
+        len(batch.seeds),
+        len(rollout.samples.levels),
+        timesteps=config.objective.timesteps,
+        updates=config.optimizer.updates_per_epoch,
+        micro_batch=1 if mixed else config.optimizer.micro_batch,
+        seed=config.seed,
+        epoch=epoch,
+        own=rollout.batch.images,
+        tables=tables,
+        in_step=[batch.part(own).images for own in shares] if in_step else [],
+    )
 
 
 def make_update(config: Config, parts: Parts, rollout: Rollout, signals: Signals, plan: list[Visits]) -> dict[str, Any]:

@@ -7,22 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from marble.balance.signals import signals_of
 from marble.config import Config
-from marble.distributed import agree, decide, is_main, rank, share, start, total, world
+from marble.distributed import agree, decide, is_main, rank, share, start, world
 from marble.errors import MarbleError
 from marble.export import finish_run
 from marble.heldout import HeldOut
-from marble.objectives.visit import plan_epoch
 from marble.resume import restore, snapshot
-from marble.rewards import score_images
+from marble.rewards import Judging
 from marble.rewards.gather import gather_table
 from marble.rollout import collect
 from marble.run import Run, choose_folder
 from marble.setup import Parts, assemble, check_config, check_processes
-from marble.step import make_update
+from marble.step import make_update, plan_updates
 
 Watcher = Callable[[dict[str, Any]], bool]
 """Called in the main process with the metrics of every update; returns whether to stop after this epoch."""
@@ -56,6 +53,7 @@ def train(
     epoch, spent = restore(parts, held_out, run) if resume else (0, 0.0)
     held_out.before()
     began, asked, fallen = time.perf_counter() - spent, False, held_out.fallen
+    lost: list[str] = []  # rewards that have stopped answering
     over = fallen or _spent(config, parts, time.perf_counter() - began)
 
     try:
@@ -64,6 +62,8 @@ def train(
             batch = parts.prompts.batch(epoch)
             shares = [share(len(batch.prompts), process) for process in range(world())]
             mine = batch.part(shares[rank()])
+            frames = config.rollout.judged_frames
+            judging = Judging(parts.rewards, mine.records, mine.group_ids, frames=frames)
             rollout = collect(
                 parts.policy,
                 mine,
@@ -73,70 +73,58 @@ def train(
                 scheduler=config.rollout.scheduler,
                 offset=mine.start,
                 prompts=len(shares[0]),
+                seen=judging.add,  # rewards with threads of their own judge while the next images are made
             )
             clock.append(time.perf_counter())
-            frames = config.rollout.judged_frames
-            local = score_images(parts.rewards, rollout.images, mine.records, mine.group_ids, frames=frames)
-            table = gather_table(local, mine.images, len(batch.seeds))
+            table = gather_table(judging.table(), mine.images, len(batch.seeds))
+            if table.silent and not table.applies.any():  # nothing is left to learn from
+                lost = table.silent
+                _checkpoint(config, parts, run, held_out, epoch, time.perf_counter() - began)
+                break
             signals = signals_of(table, batch.group_ids, parts.weights, std=config.objective.std)
             parts.method.observe(table)
             clock.append(time.perf_counter())
-            tables = rollout.samples.conditioning.table_of
-            mixed = parts.policy.in_step and total(tables.any().item()) > 0  # then not even sizes can be kept in step
-            plan = plan_epoch(
-                len(batch.seeds),
-                len(rollout.samples.levels),
-                timesteps=config.objective.timesteps,
-                updates=config.optimizer.updates_per_epoch,
-                micro_batch=1 if mixed else config.optimizer.micro_batch,
-                seed=config.seed,
-                epoch=epoch,
-                own=mine.images,
-                tables=tables,
-                in_step=[batch.part(own).images for own in shares] if parts.policy.in_step else [],
-            )
+            plan = plan_updates(config, parts, rollout, batch, shares, epoch)
+            made = parts.updater.updates
             for visits in plan:
                 if fallen or config.budget.updates == parts.updater.updates:
                     break
                 metrics = make_update(config, parts, rollout, signals, visits)
                 done = parts.updater.updates
-                metrics |= {"epoch": epoch, "images": (epoch + 1) * len(batch.seeds)}
-                metrics["reward"] = {n: _mean(table.scores[:, k]) for k, n in enumerate(table.names)}
-                metrics["time"] = {
-                    "rollout": clock[1] - clock[0],
-                    "rewards": clock[2] - clock[1],
-                    "elapsed": time.perf_counter() - began,
-                }
+                metrics |= {"epoch": epoch, "images": (epoch + 1) * len(batch.seeds), **table.metrics()}
+                metrics["time"] = {"rollout": clock[1] - clock[0], "rewards": clock[2] - clock[1], **judging.times()}
+                metrics["time"]["elapsed"] = time.perf_counter() - began
                 if config.evaluation.every and done % config.evaluation.every == 0:
                     metrics["held_out"], fallen = held_out.on_the_way()
                 run.log(metrics)
                 asked = agree(is_main() and watch(metrics)) or asked
             parts.updater.end_epoch()
+            parts.absence.count(table, parts.updater.updates - made)
+            lost = parts.absence.lost
             epoch += 1
             spent = time.perf_counter() - began
-            over = asked or fallen or _spent(config, parts, spent)
+            over = asked or fallen or bool(lost) or _spent(config, parts, spent)
             if over or parts.updater.updates % config.checkpoint_every < len(plan):
-                run.save_checkpoint(
-                    parts.updater.updates, snapshot(parts, held_out, epoch, spent), config.keep_checkpoints
-                )
+                _checkpoint(config, parts, run, held_out, epoch, spent)
     except (MarbleError, RuntimeError):
         _export(parts, run)  # what was learned until then
         raise
     _export(parts, run)
+    if lost:
+        raise MarbleError(parts.absence.message(lost, parts.updater.updates))
     if not asked:
         held_out.after()
     return run
+
+
+def _checkpoint(config: Config, parts: Parts, run: Run, held_out: HeldOut, epoch: int, spent: float) -> None:
+    run.save_checkpoint(parts.updater.updates, snapshot(parts, held_out, epoch, spent), config.keep_checkpoints)
 
 
 def _export(parts: Parts, run: Run) -> None:
     if is_main() and parts.updater.updates:
         parts.policy.save(run.path)
         finish_run(run)
-
-
-def _mean(scores: Tensor) -> float | None:
-    known = scores[~scores.isnan()]
-    return known.mean().item() if len(known) else None
 
 
 def _spent(config: Config, parts: Parts, seconds: float) -> bool:

@@ -31,7 +31,7 @@ from marble.policy.sampling import (
     jobs,
     unchecked,
 )
-from marble.policy.weights import FullWeights, LoRAWeights, Weights, copy, denoiser_of, load_lora
+from marble.policy.weights import FullWeights, LoRAWeights, Weights, copy, denoiser_of, load_lora, load_whole
 from marble.shard import shard_base
 from marble.watch import Conditioning, Manner, Seen, Watch, learn
 
@@ -249,6 +249,7 @@ class Policy:
         guidance: float = 1.0,
         scheduler: str = "own",
         batch: int = 256,
+        seen: Callable[[Tensor], object] = lambda images: None,
         **call: Any,
     ) -> Samples:
         """Make `N = len(seeds)` images to train on, the first `N / len(prompts)` of the first prompt, and so on.
@@ -261,6 +262,7 @@ class Policy:
             guidance: guidance scale; 1, or the scale that a guidance-distilled model is told.
             scheduler: one of `marble.noise.SCHEDULERS`.
             batch: images in one call of the pipeline; fewer if memory does not suffice.
+            seen: is given the next images of `N`, in order, as soon as they are made.
             call: further arguments of the pipeline.
 
         Raises:
@@ -275,7 +277,10 @@ class Policy:
             return watch.seen(manner, job.each), images
 
         with self.using(adapter), self._scheduled(scheduler):
-            made = list(self._in_pieces(len(prompts), group, batch, work, guided=False))
+            made = []
+            for piece in self._in_pieces(len(prompts), group, batch, work, guided=False):
+                made.append(piece)
+                seen(piece[1])
             first = made[0][0]
             levels = levels_of(self.pipe.scheduler, first.steps, first.told)  # the same in every call
         return Samples.of_calls(made, levels)
@@ -291,6 +296,7 @@ class Policy:
         guidance: float = 1.0,
         scheduler: str = "own",
         batch: int = 256,
+        seen: Callable[[Tensor], object] = lambda images: None,
         **call: Any,
     ) -> Tensor:
         """Make the images of `sample` alone, `[N, 3, H, W]`; with any guidance, for nothing is watched."""
@@ -299,14 +305,12 @@ class Policy:
                 self.learn()
         group = len(seeds) // len(prompts)
         with self.using(adapter), self._scheduled(scheduler):
-            parts = self._in_pieces(
-                len(prompts),
-                group,
-                batch,
-                lambda job: self._make(prompts, seeds, group, job, steps, guidance, call),
-                guided=guidance != 1,
-            )
-            images = torch.cat(list(parts))
+            parts = []
+            make = lambda job: self._make(prompts, seeds, group, job, steps, guidance, call)  # noqa: E731
+            for part in self._in_pieces(len(prompts), group, batch, make, guided=guidance != 1):
+                parts.append(part)
+                seen(part)
+        images = torch.cat(parts)
         check_pictures(images)
         return images
 
@@ -393,8 +397,4 @@ class Policy:
         Raises:
             MarbleError: it is not there, or another model's.
         """
-        try:
-            found = type(self.denoiser).from_pretrained(folder, dtype=self.denoiser.dtype)
-            self.denoiser.load_state_dict(found.state_dict())
-        except (OSError, ValueError, RuntimeError) as error:
-            raise MarbleError(f'"{folder}" holds no {self.part} of this model: {str(error).splitlines()[0]}') from error
+        load_whole(self.denoiser, folder, self.part)

@@ -355,3 +355,16 @@ def _examples(names: Sequence[str]) -> str:
         last = [part for part in name.split(".") if not part.isdigit()][-1]
         endings[last] = endings.get(last, 0) + 1
     return ", ".join(sorted(endings, key=lambda ending: -endings[ending])[:8])
+
+
+def load_whole(denoiser: Any, folder: Path, part: str) -> None:
+    """Replace all weights of `denoiser`, the pipeline's `part`, by those in `folder`.
+
+    Raises:
+        MarbleError: they are not there, or another model's.
+    """
+    try:
+        found = type(denoiser).from_pretrained(folder, dtype=denoiser.dtype)
+        denoiser.load_state_dict(found.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise MarbleError(f'"{folder}" holds no {part} of this model: {str(error).splitlines()[0]}') from error

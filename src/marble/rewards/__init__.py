@@ -2,6 +2,17 @@
 
 from marble.rewards.base import Facts, Reward, RewardTable
 from marble.rewards.judging import Judging, applies_to, score_images
-from marble.rewards.load import load_rewards, make_reward
+from marble.rewards.load import check_rewards, load_rewards, make_reward, prepare_rewards
 
-__all__ = ["Facts", "Judging", "Reward", "RewardTable", "applies_to", "load_rewards", "make_reward", "score_images"]
+__all__ = [
+    "Facts",
+    "Judging",
+    "Reward",
+    "RewardTable",
+    "applies_to",
+    "check_rewards",
+    "load_rewards",
+    "make_reward",
+    "prepare_rewards",
+    "score_images",
+]

@@ -116,6 +116,15 @@ class RewardTable:
         """`[K]` int64: images that a reward should have judged and gave no score for."""
         return (self.wanted & self.scores.isnan()).sum(dim=0)
 
+    def metrics(self) -> dict[str, Any]:
+        """Mean score by reward (None if there is no score), and how many images each did not answer for, if any."""
+        means = self.scores.nanmean(dim=0).tolist()
+        rows: dict[str, Any] = {
+            "reward": {name: None if mean != mean else mean for name, mean in zip(self.names, means, strict=True)}
+        }
+        absent = {name: count for name, count in zip(self.names, self.missing.tolist(), strict=True) if count}
+        return rows | ({"missing": absent} if absent else {})
+
     @property
     def silent(self) -> list[str]:
         """Rewards that should have judged images and gave no score for any of them."""

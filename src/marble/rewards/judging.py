@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,10 @@ class Judging:
             jobs += own if k in beside else []
         self.hidden = _covered([(job.began, min(job.ended, sampled)) for job in jobs if job.ended and job.began])
         return RewardTable([reward.name for reward in self.rewards], scores, self.wanted)
+
+    def times(self) -> dict[str, Any]:
+        """Seconds of work of each reward, and of the sampling during which some was done."""
+        return {"judging": self.seconds, "hidden": self.hidden}
 
     def _submit(self, reward: Reward, portions: list[_Portion]) -> None:
         """Have what is complete judged."""

@@ -82,6 +82,37 @@ def make_reward(use: RewardUse) -> Reward:
     return reward
 
 
+def check_rewards(rewards: Sequence[Reward]) -> None:
+    """Let every reward find out cheaply whether it could score.
+
+    Raises:
+        MarbleError: lists all that cannot.
+    """
+    _ask_all(rewards, "check")
+
+
+def prepare_rewards(rewards: Sequence[Reward]) -> None:
+    """Let every reward load what scoring needs, those on the same weights once.
+
+    Raises:
+        MarbleError: lists all that cannot.
+    """
+    _ask_all(rewards, "prepare")
+
+
+def _ask_all(rewards: Sequence[Reward], method: str) -> None:
+    problems = []
+    for reward in rewards:
+        try:
+            getattr(reward, method, lambda: None)()
+        except MarbleError as error:
+            problems.append(f"  reward {reward.name}: {error}")
+        except Exception as error:  # somebody else's code
+            problems.append(f"  reward {reward.name}: {method}() fails: {type(error).__name__}: {error}")
+    if problems:
+        raise MarbleError("rewards that cannot be used:\n" + "\n".join(problems))
+
+
 def _local(target: Any, settings: dict[str, Any], what: str) -> Any:
     if isinstance(target, type):
         return target(**_checked(target, settings, what))

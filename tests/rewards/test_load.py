@@ -1,0 +1,116 @@
+"""Rewards made of what a config says."""
+
+import pytest
+import torch
+
+from marble import MarbleError, Reward
+from marble.config import RewardUse
+from marble.prompts import Record
+from marble.rewards import check_rewards, make_reward, prepare_rewards, score_images
+
+RECORDS = [Record("a", "s"), Record("bb", "s")]
+IMAGES = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 2, 2)
+
+
+def brightness(images):
+    """How bright it is.
+
+    More lines.
+    """
+    return images.float().mean(dim=(1, 2, 3))
+
+
+def length(images, records, *, times: float = 1.0):
+    return torch.tensor([times * len(record.text) for record in records])
+
+
+def together(images, records):
+    return torch.full((len(images),), float(len(images)))
+
+
+together.groupwise = True
+together.applies = lambda record: record.text == "bb"
+
+
+def nothing():
+    return 1
+
+
+class Scaled(Reward):
+    name = "scaled"
+
+    def __init__(self, *, factor: float, kind: str = "plain"):
+        self.factor, self.kind = factor, kind
+
+    def score(self, images, records):
+        return self.factor * images.float().mean(dim=(1, 2, 3))
+
+
+def use(attribute, /, **settings):
+    return RewardUse(reward=f"{__name__}:{attribute}", settings=settings)
+
+
+def scores(*uses):
+    rewards = [make_reward(each) for each in uses]
+    return score_images(rewards, IMAGES, RECORDS, torch.arange(2)).scores.tolist()
+
+
+def test_functions_of_images_with_and_without_prompts():
+    assert scores(use("brightness"), use("length"), use("length", times=2, name="twice")) == [[0, 1, 2], [255, 2, 4]]
+    reward = make_reward(use("brightness"))
+    assert (reward.name, reward.about) == ("brightness", "How bright it is.")
+
+
+def test_a_functions_attributes_count():
+    reward = make_reward(use("together"))
+    assert reward.groupwise
+    assert score_images([reward], IMAGES, RECORDS, torch.zeros(2)).wanted.tolist() == [[False], [True]]
+
+
+def test_settings_reach_the_constructor_and_the_contract():
+    reward = make_reward(use("Scaled", factor="2", batch=7, workers=2, timeout=3, name="mine"))
+    assert (reward.factor, reward.batch, reward.workers, reward.timeout, reward.name) == (2.0, 7, 2, 3.0, "mine")
+    assert reward.settings == {"factor": "2", "batch": 7, "workers": 2, "timeout": 3, "name": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (use("Scaled"), 'Scaled": settings.factor is required'),
+        (use("Scaled", factor=1, fctor=2), 'unknown setting "fctor". Did you mean "factor"? Known: factor, kind, name'),
+        (use("Scaled", factor="much"), "settings.factor: input should be a valid number, unable to parse"),
+        (use("Scaled", factor=1, kind=3), "settings.kind: input should be a valid string, got 3"),
+        (use("Scaled", factor=1, batch=0), "settings.batch must be positive, got 0"),
+        (use("Scaled", factor=1, workers=-1), "settings.workers must be positive, got -1"),
+        (use("Scaled", factor=1, timeout="soon"), "settings.timeout: input should be a valid number"),
+        (use("brightness", times=2), 'unknown setting "times"'),
+        (use("nothing"), "a function takes (images) or (images, records), and settings with defaults; this one takes 0"),
+        (use("RECORDS"), "is no reward: it has no name, applies, score"),
+        (use("Nowhere"), "cannot load reward"),
+    ],
+)
+def test_what_cannot_be_made(given, message):
+    with pytest.raises(MarbleError) as caught:
+        make_reward(given)
+    assert message in str(caught.value)
+
+
+def test_all_that_cannot_be_used_are_listed():
+    class Wanting(Scaled):
+        def check(self):
+            raise MarbleError("wants more")
+
+        def prepare(self):
+            raise FileNotFoundError("weights")
+
+    one, two = Wanting(factor=1), Wanting(factor=1)
+    one.name, two.name = "one", "two"
+    with pytest.raises(MarbleError, match=r"cannot be used:\n  reward one: wants more\n  reward two: wants more"):
+        check_rewards([one, Scaled(factor=1), two])
+    with pytest.raises(MarbleError, match=r"reward one: prepare\(\) fails: FileNotFoundError: weights"):
+        prepare_rewards([one])
+
+
+def test_shorthands_of_a_config():
+    assert RewardUse.model_validate("pickscore") == RewardUse(reward="pickscore")
+    assert RewardUse.model_validate({"reward": "x", "url": "http://a:1"}).url == ["http://a:1"]
