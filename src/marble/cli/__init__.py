@@ -14,6 +14,8 @@ COMMANDS = {
     "demo": "fine-tune the embedded model on five rewards and write the report: minutes on a laptop",
     "train": "fine-tune a model from a config",
     "generate": "make images, with or without a LoRA",
+    "score": "score images by rewards, without training",
+    "serve": "judge images for other machines, over HTTP",
     "push": "publish a run's LoRA on the Hugging Face hub, with a model card",
     "report": "make a run's report again",
     "validate": "check a config without running it",

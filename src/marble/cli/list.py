@@ -26,6 +26,9 @@ class List:
 def run(argv: list[str]) -> int:
     """The command."""
     args = tyro.cli(List, args=argv, prog="marble list")
+    if args.what == "rewards":
+        _show_rewards(as_json=args.json)
+        return 0
     rows = _rows(args.what)
     if args.json:
         print(json.dumps(rows))
@@ -33,6 +36,30 @@ def run(argv: list[str]) -> int:
         width = max(map(len, rows), default=0)
         print("\n".join(f"{name:<{width}}  {about}" for name, about in rows.items()))
     return 0
+
+
+def _show_rewards(*, as_json: bool) -> None:
+    """Every reward with what to know of it before trusting a model to it."""
+    from marble.registry import known
+    from marble.rewards import facts_of
+
+    rows = {}
+    for name, point in known("reward").items():
+        try:
+            rows[name] = facts_of(point.load())
+        except Exception as error:  # another package's code: the others are shown
+            rows[name] = {"about": f"cannot be loaded: {type(error).__name__}: {error}"}
+    if as_json:
+        print(json.dumps(rows))
+        return
+    width = max((len(key) for row in rows.values() for key in row), default=0)
+    for name, row in rows.items():
+        print(f"{name}  {row['about']}")
+        for key, value in row.items():
+            if key != "about" and value:
+                print(f"  {key:<{width}}  {value}")
+        print()
+    print('settings of every reward: name, batch, workers, timeout. Your own: "package.module:attribute", or a URL')
 
 
 def _rows(what: str) -> dict[str, str]:
@@ -44,7 +71,7 @@ def _rows(what: str) -> dict[str, str]:
         return OBJECTIVES
     if what == "schedulers":
         return SCHEDULERS
-    kind = {"models": "model", "rewards": "reward", "prompts": "prompt source"}[what]
+    kind = {"models": "model", "prompts": "prompt source"}[what]
     rows = {}
     for name, point in known(kind).items():
         target = point.load()

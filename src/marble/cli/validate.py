@@ -11,7 +11,7 @@ import tyro
 
 @dataclass
 class Validate:
-    """Check a config whole: settings, names, files, prompts and rewards. Loads no model.
+    """Check a config whole: settings, names, files, prompts and rewards. Loads no model and downloads nothing.
 
     example: marble validate my.yaml
     """
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     from marble.setup import check_config
 
     config = make_config(read_config(args.config), str(args.config))
-    check_config(config)
+    unseen = check_config(config, fetch=False)
     if args.json:
         print(json.dumps(config.model_dump(mode="json")))
         return 0
@@ -38,4 +38,6 @@ def run(argv: list[str]) -> int:
         f"{args.config} is valid: {config.model.id}, {len(config.rewards)} rewards, {config.balance.method}, "
         f"{images} images an epoch, {config.optimizer.updates_per_epoch} updates an epoch"
     )
+    if unseen:
+        print(f"not looked at: the prompts of {', '.join(unseen)}, and whether rewards apply to them (a download)")
     return 0

@@ -48,6 +48,7 @@ class Aesthetic(Reward):
     """
 
     name = "aesthetic"
+    needs_prompt = False
     revision = MINI.revision
     about = "closed form: clean × colour in a band × crisp edges and light falling off to the corners; 0 to 0.045"
 
@@ -214,6 +215,7 @@ class Diversity(Reward):
     """
 
     name = "diversity"
+    needs_prompt = False
     revision = MINI.revision
     groupwise = True
     about = "groupwise: mean RMS distance of an image's 5×5 map of outlines to the others of its prompt; 0 to about 0.1"

@@ -2,7 +2,7 @@
 
 from marble.rewards.base import Facts, Reward, RewardTable
 from marble.rewards.judging import Judging, applies_to, score_images
-from marble.rewards.load import check_rewards, load_rewards, make_reward, prepare_rewards
+from marble.rewards.load import check_rewards, facts_of, load_rewards, make_reward, prepare_rewards
 
 __all__ = [
     "Facts",
@@ -11,6 +11,7 @@ __all__ = [
     "RewardTable",
     "applies_to",
     "check_rewards",
+    "facts_of",
     "load_rewards",
     "make_reward",
     "prepare_rewards",

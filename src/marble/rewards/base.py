@@ -42,6 +42,8 @@ class Reward:
     """Whether `score` judges the images of one prompt together (it is then called once a group)."""
     judges_videos: bool = False
     """Whether videos come whole, `[N, F, 3, H, W]`; otherwise their frames do, as pictures, and the mean counts."""
+    needs_prompt: bool = True
+    """Whether what it says depends on the prompt or its targets."""
     wants_floats: bool = False
     """Images come as uint8 so that local and remote scores agree; set this to get floats in [0, 1]."""
     revision: str = ""

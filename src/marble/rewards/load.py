@@ -6,6 +6,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -15,7 +16,7 @@ from marble.config import RewardUse
 from marble.errors import MarbleError, nearest
 from marble.prompts import Record
 from marble.registry import is_url, resolve
-from marble.rewards.base import Reward
+from marble.rewards.base import Facts, Reward
 
 COMMON: dict[str, Any] = {"name": str, "batch": int, "workers": int, "timeout": float}
 """Settings that every reward has, and their types."""
@@ -30,6 +31,7 @@ class FunctionReward(Reward):
     def __init__(self, function: Callable[..., Any], name: str, given: int) -> None:
         """Of a function that takes `given` positional arguments."""
         self.name, self._function, self._given = name, function, given
+        self.needs_prompt = given == 2
         inner = getattr(function, "func", function)
         self.about = (inspect.getdoc(inner) or "").split("\n")[0]
         for attribute in ("groupwise", "judges_videos", "wants_floats", "revision", "cached", "applies", *COMMON):
@@ -80,6 +82,21 @@ def make_reward(use: RewardUse) -> Reward:
                 raise MarbleError(f'reward "{use.reward}": settings.{name} must be positive, got {value}')
             setattr(reward, name, value)
     return reward
+
+
+def facts_of(target: Any) -> dict[str, str]:
+    """What a reward's class or function states of itself, by `about`, the names of `Facts`, and `settings`."""
+    about = getattr(target, "about", "") or (inspect.getdoc(target) or "").split("\n")[0]
+    facts: Facts | None = getattr(target, "facts", None)
+    row = {"about": about, **({} if facts is None else asdict(facts))}
+    if callable(target):
+        parameters = inspect.signature(target).parameters.values()
+        row["settings"] = ", ".join(
+            p.name if p.default is p.empty else f"{p.name}={p.default!r}"
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY
+        )
+    return row
 
 
 def check_rewards(rewards: Sequence[Reward]) -> None:
