@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -49,6 +51,8 @@ def check(kind: str, name: str) -> None:
 def resolve(kind: str, name: str) -> Any:
     """The object that `name` stands for: a registered name, or `package.module:attribute`.
 
+    A module is also looked for in the working folder, after all that is installed.
+
     Raises:
         MarbleError: unknown name, or the module or attribute is not there.
     """
@@ -57,6 +61,8 @@ def resolve(kind: str, name: str) -> Any:
     if name in registered:
         return registered[name].load()
     module_name, attribute = name.split(":", 1)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

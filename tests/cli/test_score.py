@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def pictures(tmp_path, rng):
 
 
 def scores_of(out):
-    return {row["file"].rpartition("/")[2]: row["scores"] for row in json.loads(out)["images"]}
+    return {Path(row["file"]).name: row["scores"] for row in json.loads(out)["images"]}
 
 
 def test_scores_as_a_table_and_as_json(pictures):
@@ -130,3 +131,14 @@ def test_listing_loads_no_library_of_models():
     loaded = set(done.stderr.split())
     assert not loaded & {"transformers", "diffusers", "rapidocr", "onnxruntime", "starlette", "datasets"}
     assert "licence" in done.stdout
+
+
+def test_a_reward_in_the_working_folder(pictures, tmp_path):
+    """As the guide has it, by the installed command, which does not have the working folder on its path."""
+    (tmp_path / "my_rewards.py").write_text(
+        'def calm(images):\n    """Few edges."""\n    grey = images.float().mean(dim=1)\n'
+        "    return -(grey[:, 1:] - grey[:, :-1]).abs().mean(dim=(1, 2))\n"
+    )
+    command = [str(Path(sys.executable).with_name("marble")), "score", "a.png", "--rewards", "my_rewards:calm", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=True)
+    assert scores_of(done.stdout)["a.png"]["calm"] < -10
