@@ -19,7 +19,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from marble.errors import MarbleError
@@ -129,15 +128,6 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     break
         named[f"{room}.{rest}" if rest else room] = value
     return named
-
-
-def materialise(module: nn.Module) -> nn.Module:
-    """Memory for a module made on the meta device, with BLIP's one buffer that no state dict holds."""
-    module.to_empty(device="cpu")
-    for part in module.modules():
-        if isinstance(positions := getattr(part, "position_ids", None), Tensor):
-            positions.copy_(torch.arange(positions.shape[-1]).expand_as(positions))
-    return module
 
 
 class _Sizes:

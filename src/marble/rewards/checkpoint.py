@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,3 +83,34 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None
     if problems:
         raise MarbleError(f"{what} does not fit its model: " + "; ".join(problems))
     module.load_state_dict(state)
+
+
+def materialise(module: nn.Module) -> nn.Module:
+    """Memory on the CPU for a module made on the meta device, with the positions that no state dict holds."""
+    module.to_empty(device="cpu")
+    for part in module.modules():
+        if isinstance(positions := getattr(part, "position_ids", None), Tensor):
+            positions.copy_(torch.arange(positions.shape[-1]).expand_as(positions))
+    return module
+
+
+def weights_revision(source: str, *files: Path) -> str:
+    """Which weights these files are: repository and commit if from the hub, else name and hash.
+
+    Args:
+        source: hub repository, folder or file.
+        files: of the source, at least one.
+    """
+    if not is_local(source) and files[0].parent.parent.name == "snapshots":
+        return f"{source}@{files[0].parent.name}"
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while part := opened.read(2**24):
+                digest.update(part)
+    return f"{Path(source).expanduser().name}@sha256:{digest.hexdigest()[:16]}"
+
+
+def is_local(source: str) -> bool:
+    """Whether weights are named by a path rather than by a hub repository."""
+    return source.startswith((".", "/", "~")) or Path(source).expanduser().exists()

@@ -7,7 +7,6 @@ published code (THUDM/ImageReward, 0f5fa3e) says the rest: `ImageReward/ImageRew
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +19,15 @@ from torch import Tensor, nn
 from marble.errors import MarbleError
 from marble.prompts import Record
 from marble.rewards.base import Facts
-from marble.rewards.checkpoint import fetch, load_into, read_state
+from marble.rewards.checkpoint import fetch, load_into, materialise, read_state, weights_revision
+from marble.rewards.clip import OPENAI_MEAN, OPENAI_STD
+from marble.rewards.head import LinearHead
 from marble.rewards.images import center_crop, normalise, resize_shortest
 from marble.rewards.model import Dtype, ModelReward
 
 SOURCE, WEIGHTS, MED = "THUDM/ImageReward", "ImageReward.pt", "med_config.json"
 LENGTH = 35
 """Tokens of a prompt with [CLS] and [SEP]; shorter ones are padded, longer ones cut."""
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's, of red, green and blue in [0, 1]."""
 CENTRE, SPREAD = 0.16717362830052426, 1.0333394966054072
 """Of the raw scores, by which the published ones have mean 0 and standard deviation 1."""
 
@@ -94,30 +93,14 @@ class ImageReward(ModelReward):
             max_length=LENGTH,
             return_tensors="pt",
         ).to(images.device)
-        raw = net(normalise(pixels, MEAN, STD).to(self.dtype), tokens.input_ids, tokens.attention_mask)
+        raw = net(normalise(pixels, OPENAI_MEAN, OPENAI_STD).to(self.dtype), tokens.input_ids, tokens.attention_mask)
         return (raw - CENTRE) / SPREAD
-
-
-class _Head(nn.Module):
-    """Five linear layers with nothing between them that counts when scoring; named and numbered as published."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Linear(width, 1024), nn.Dropout(0.2)),
-            *(nn.Linear(1024, 128), nn.Dropout(0.2)),
-            *(nn.Linear(128, 64), nn.Dropout(0.1)),
-            *(nn.Linear(64, 16), nn.Linear(16, 1)),
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features).squeeze(-1)
 
 
 class _Net(nn.Module):
     def __init__(self, blip: Any) -> None:
         super().__init__()
-        self.blip, self.mlp = blip, _Head(blip.text_encoder.config.hidden_size)
+        self.blip, self.mlp = blip, LinearHead(blip.text_encoder.config.hidden_size)
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """`[N]` raw scores, float32."""
@@ -133,7 +116,7 @@ class _Parts:
 
 @functools.cache
 def _load(source: str, revision: str | None, tokenizer: str, device: torch.device, dtype: torch.dtype) -> _Parts:
-    from marble.rewards.blip import BLIP, materialise, renamed
+    from marble.rewards.blip import BLIP, renamed
 
     file = fetch(source, WEIGHTS, revision)
     beside = str(file.parent) if Path(source).expanduser().is_file() else source
@@ -152,7 +135,7 @@ def _load(source: str, revision: str | None, tokenizer: str, device: torch.devic
     load_into(materialise(net), {f"blip.{key}": value for key, value in inner.items()} | outer, what)
     net.blip.to(device, dtype)
     net.mlp.to(device)
-    return _Parts(net.eval().requires_grad_(False), words, _revision(source, file))
+    return _Parts(net.eval().requires_grad_(False), words, weights_revision(source, file))
 
 
 def _tokenizer(source: str) -> Any:
@@ -176,14 +159,3 @@ def _med(file: Path) -> dict[str, Any]:
     if not isinstance(med, dict):
         raise MarbleError(f'"{file}" must hold an object with num_attention_heads, got {type(med).__name__}')
     return med
-
-
-def _revision(source: str, file: Path) -> str:
-    """The commit that the hub's file is of, or the hash of a file that is not from there."""
-    if not Path(source).expanduser().exists() and file.parent.parent.name == "snapshots":
-        return f"{source}@{file.parent.name}"
-    digest = hashlib.sha256()
-    with file.open("rb") as bytes_of_it:
-        while part := bytes_of_it.read(2**24):
-            digest.update(part)
-    return f"{file.name}@sha256:{digest.hexdigest()[:16]}"
