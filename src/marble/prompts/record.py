@@ -12,7 +12,8 @@ class Record:
 
     `targets` is plain JSON. Keys in use: `text` (the word or words to render) and `objects`
     (a list of `{"name", "colour", "count", "size"}`, all but the name optional) with `relation`
-    (`["left of", i, j]`: object i stands left of object j).
+    (`["left of", i, j]`: object i stands left of object j), `task` (one of GenEval's six) and `exclude` (a list of
+    `{"name", "count"}`: there must be fewer).
     """
 
     text: str

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marble.errors import MarbleError
-from marble.rewards.checkpoint import fetch, is_local
-from marble.rewards.checkpoint import weights_revision as weights_revision
+from marble.rewards.checkpoint import fetch, is_local, weights_revision
 from marble.rewards.images import Method, center_crop, normalise, resize, resize_shortest
 from marble.rewards.model import Dtype, ModelReward
 
