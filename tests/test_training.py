@@ -1,7 +1,11 @@
 """The whole loop on tiny budgets, on the real embedded model."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -185,3 +189,61 @@ def test_report_shows_it_all_and_escapes(whole):
     assert page.count("<svg") >= 6
     assert not re.search(r'(src|href)="(https?:)?//|url\("?https?:', page)  # nothing is loaded from elsewhere
     assert 'src="data:image/png' in page
+
+
+# ---- rewards on a server ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(*rewards):
+    """A server of its own process; gives its URL and the process."""
+    command = [sys.executable, "-m", "marble", "serve", *rewards, "--port", "0", "--threads", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "MARBLE_TOKEN"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        said = process.stdout.readline()
+        yield re.search(r"http://[\d.:]+", said)[0], process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_served_rewards_make_the_same_run_bit_for_bit(whole, tmp_path):
+    terms = read_config(demo_config_path())["rewards"]
+    names = [term["reward"] for term in terms]
+    with serving(*names) as (url, _):
+        for term in terms:
+            term |= {"url": url, "settings": {"name": term["reward"].removeprefix("mini-")}}  # as here
+        remote = train(tiny(rewards=terms), tmp_path / "run")
+    assert lines(remote) == lines(whole)
+    assert remote.evaluation() == whole.evaluation()
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(remote).items())
+
+
+def test_a_server_that_dies_costs_its_scores_and_no_more(tmp_path, caplog):
+    terms = read_config(demo_config_path())["rewards"]
+    assert terms[0]["reward"] == "mini-aesthetic"
+    with serving("mini-aesthetic") as (url, process):
+        served = terms[0] | {"url": url, "settings": {"retries": 1, "answer_within": 5}}
+        config = tiny(rewards=[served, *terms[1:]], evaluation={"every": 0}, missing_limit=4)
+
+        def die(metrics):
+            if metrics["update"] == 2:
+                process.kill()
+            return False
+
+        with pytest.raises(MarbleError, match="no score of mini-aesthetic in 4 updates in a row or more"):
+            train(
+                config.model_copy(update={"budget": config.budget.model_copy(update={"updates": 20})}),
+                tmp_path / "run",
+                watch=die,
+            )
+    rows = Run(tmp_path / "run").metrics()[1:]
+    assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert ["missing" in row for row in rows] == [False, False, True, True, True, True]
+    assert rows[2]["reward"]["mini-aesthetic"] is None
+    assert all(row["reward"]["alignment"] is not None for row in rows)
+    assert "reward mini-aesthetic: no score for 12 of 12 images" in caplog.text
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").exists()

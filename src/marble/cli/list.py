@@ -21,13 +21,15 @@ class List:
     what: tyro.conf.Positional[Literal["models", "rewards", "methods", "objectives", "schedulers", "prompts"]]
     json: bool = False
     """print as JSON"""
+    markdown: bool = False
+    """print rewards as docs/rewards.md has them"""
 
 
 def run(argv: list[str]) -> int:
     """The command."""
     args = tyro.cli(List, args=argv, prog="marble list")
     if args.what == "rewards":
-        _show_rewards(as_json=args.json)
+        _show_rewards("json" if args.json else "markdown" if args.markdown else "text")
         return 0
     rows = _rows(args.what)
     if args.json:
@@ -38,7 +40,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _show_rewards(*, as_json: bool) -> None:
+def _show_rewards(form: Literal["json", "markdown", "text"]) -> None:
     """Every reward with what to know of it before trusting a model to it."""
     from marble.registry import known
     from marble.rewards import facts_of
@@ -49,8 +51,11 @@ def _show_rewards(*, as_json: bool) -> None:
             rows[name] = facts_of(point.load())
         except Exception as error:  # another package's code: the others are shown
             rows[name] = {"about": f"cannot be loaded: {type(error).__name__}: {error}"}
-    if as_json:
+    if form == "json":
         print(json.dumps(rows))
+        return
+    if form == "markdown":
+        print("\n".join(_markdown(name, row) for name, row in rows.items() if "model" in row))
         return
     width = max((len(key) for row in rows.values() for key in row), default=0)
     for name, row in rows.items():
@@ -60,6 +65,12 @@ def _show_rewards(*, as_json: bool) -> None:
                 print(f"  {key:<{width}}  {value}")
         print()
     print('settings of every reward: name, batch, workers, timeout. Your own: "package.module:attribute", or a URL')
+
+
+def _markdown(name: str, row: dict[str, str]) -> str:
+    lines = [f"### {name}", row["about"].capitalize() if row["about"][1:2].islower() else row["about"], ""]
+    lines += [f"- {key}: {value}" for key, value in row.items() if key != "about" and value]
+    return "\n".join([*lines, ""])
 
 
 def _rows(what: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from marble.prompts import Record
 from marble.rewards.base import Reward, RewardTable
 from marble.rewards.cache import ScoreCache
 from marble.rewards.crew import Crew, Job
+from marble.rewards.load import prepare_rewards
 
 log = logging.getLogger("marble")
 
@@ -49,6 +50,8 @@ class Judging:
     ) -> None:
         """For images of `records` `[N]` in the groups `group_ids` `[N]`; see `score_images`."""
         self.rewards, self.records, self.frames, self.cache = rewards, list(records), frames, cache
+        if cache is not None:  # what a model's revision is may be known only once it is there
+            prepare_rewards([reward for reward in rewards if cache.holds(reward)])
         self.wanted = torch.tensor([applies_to(reward, self.records) for reward in rewards], dtype=torch.bool)
         self.wanted = self.wanted.reshape(len(rewards), len(records)).T
         self.portions = [_portions(reward, self.wanted[:, k], group_ids) for k, reward in enumerate(rewards)]

@@ -1,0 +1,122 @@
+"""A server in a thread of this process, and rewards made to be served."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import torch
+import uvicorn
+
+from marble import Reward
+from marble.prompts import Record
+
+RED = Record("red", "s", {"text": "RED"})
+BLUE = Record("blue", "s")
+
+
+class Mean(Reward):
+    """Of all values; as awkward as floats get."""
+
+    name = "mean"
+    revision = "mean 1"
+    about = "mean of all values"
+    batch = 5
+
+    def applies(self, record):
+        return "text" in record.targets
+
+    def score(self, images, records):
+        scores = images.double().flatten(1).mean(dim=1) / 3
+        return torch.where(scores > 0, scores, torch.nan)
+
+
+class Together(Reward):
+    name = "together"
+    revision = "together 1"
+    groupwise = True
+
+    def score(self, images, records):
+        return torch.full((len(images),), float(len(images)))
+
+
+class Clip(Reward):
+    """Light of the last frame less that of the first."""
+
+    name = "clip"
+    judges_videos = True
+
+    def score(self, images, records):
+        return images[:, -1].double().mean(dim=(1, 2, 3)) - images[:, 0].double().mean(dim=(1, 2, 3))
+
+
+class Raising(Reward):
+    name = "raising"
+
+    def score(self, images, records):
+        raise ValueError("no such luck\nsecond line")
+
+
+class Slow(Reward):
+    """Judges only while `go` is set, and remembers how many calls were under way at once."""
+
+    name = "slow"
+
+    def __init__(self, workers=0):
+        self.workers, self.go, self.lock = workers, threading.Event(), threading.Lock()
+        self.now = self.most = self.calls = 0
+
+    def score(self, images, records):
+        with self.lock:
+            self.now, self.calls = self.now + 1, self.calls + 1
+            self.most = max(self.most, self.now)
+        self.go.wait(10)
+        time.sleep(0.01)
+        with self.lock:
+            self.now -= 1
+        return torch.zeros(len(images))
+
+
+@contextmanager
+def running(asgi, port=0):
+    """The URL of a server of `asgi`."""
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(("127.0.0.1", port))
+        config = uvicorn.Config(
+            asgi, lifespan="off", http="h11", ws="none", log_config=None, timeout_graceful_shutdown=2
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.005)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+@contextmanager
+def serving(*rewards, port=0, **limits):
+    """The URL of a marble server of `rewards`, and its app."""
+    from marble.serve.app import App
+    from marble.serve.desk import Desk
+    from marble.serve.door import Limits
+
+    app = App([Desk(reward, f"served-{reward.name}") for reward in rewards], Limits(**limits))
+    try:
+        with running(app.asgi, port) as url:
+            yield url, app
+    finally:
+        app.close()
+
+
+def pictures(*values, size=4):
+    """`[N, 3, size, size]` uint8: noise around each value."""
+    noise = torch.randint(0, 40, (len(values), 3, size, size), generator=torch.Generator().manual_seed(0))
+    return (torch.tensor(values)[:, None, None, None] + noise).clamp(0, 255).to(torch.uint8)

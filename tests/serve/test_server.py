@@ -1,0 +1,265 @@
+"""The server's answers, over real connections."""
+
+import hashlib
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import torch
+
+from marble.rewards import wire
+from marble.serve import desk as desk_module
+from marble.serve.door import Rates
+
+from ..rewards.running import BLUE, RED, Clip, Mean, Raising, Slow, Together, pictures, serving
+
+TOKEN = "a-token-of-some-length"
+JSON = {"Content-Type": "application/json"}
+IMAGES = pictures(0, 90, 250)
+BODY = wire.pack_request("mean", IMAGES, [RED] * 3)
+
+
+@pytest.fixture(scope="module")
+def served():
+    with (
+        serving(Mean(), Together(), Clip(), Raising(), most_bytes=2**16) as (url, _),
+        httpx.Client(base_url=url) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    with serving(Mean(), token=TOKEN) as (url, _), httpx.Client(base_url=url) as client:
+        yield client
+
+
+def post(client, path, body, **headers):
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    return client.post(path, content=content, headers=JSON | headers)
+
+
+def request(**changes):
+    return json.loads(BODY) | changes
+
+
+def test_health_and_rewards(served):
+    health = served.get("/health")
+    assert health.json() == {"status": "ok", "rewards": ["mean", "together", "clip", "raising"]}
+    assert not [name for name in health.headers if name.startswith("access-control")]
+    rows = {row["name"]: row for row in served.get("/rewards").json()["rewards"]}
+    assert rows["mean"] == {
+        "name": "mean",
+        "served_as": "served-mean",
+        "groupwise": False,
+        "judges_videos": False,
+        "cached": False,
+        "batch": 5,
+        "revision": "mean 1",
+        "about": "mean of all values",
+    }
+    assert rows["together"]["groupwise"]
+    assert rows["clip"]["judges_videos"]
+
+
+def test_scores(served):
+    answer = post(served, "/score", BODY)
+    assert answer.status_code == 200
+    said = answer.json()
+    assert said["digest"] == hashlib.sha256(BODY).hexdigest()
+    assert (said["reward"], said["revision"]) == ("mean", "mean 1")
+    assert said["scores"] == Mean().score(IMAGES, [RED] * 3).tolist()
+    assert said["scores"][0] > 0
+    black = wire.pack_request("served-mean", 0 * IMAGES[:2], [RED] * 2)  # by the name it was asked for by
+    assert post(served, "/score", black).json()["scores"] == [None, None]
+    videos = torch.stack([pictures(0, 90), pictures(200, 100)])
+    expected = Clip().score(videos, [RED, BLUE]).tolist()
+    assert post(served, "/score", wire.pack_request("clip", videos, [RED, BLUE])).json()["scores"] == expected
+
+
+def test_what_applies(served):
+    body = {"reward": "mean", "records": wire.pack_records([RED, BLUE, RED])}
+    assert post(served, "/applies", body).json() == {"applies": [True, False, True]}
+    assert post(served, "/applies", body | {"reward": "together"}).json() == {"applies": [True] * 3}
+    assert post(served, "/applies", body | {"records": body["records"] * 4000}).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("/score", b"{", 400, "no JSON"),
+        ("/score", b"[" * 60_000, 400, "no JSON"),
+        ("/score", [1], 400, "no JSON object"),
+        ("/score", {}, 422, "reward: "),
+        ("/score", request(reward="men"), 404, 'Did you mean "mean"'),
+        ("/score", request(records=[]), 422, "as many as records"),
+        ("/score", request(records=[{"text": 3}] * 3), 422, "records.0: "),
+        ("/score", request(records=None), 422, "records: "),
+        ("/score", request(images=request()["images"][:2]), 422, "as many as records are needed, 3, got 2"),
+        ("/score", request(images=["~"] * 3), 400, "base64"),
+        ("/score", request(images=["AAAA"] * 3), 400, "no PNG"),
+        ("/score", request(images=[], records=[]), 422, "at least one"),
+        ("/score", request(images=[3] * 3), 422, "base64 PNG"),
+        ("/score", request(reward="raising"), 500, "ValueError: no such luck"),
+        ("/applies", {"reward": "mean"}, 422, "records: "),
+        ("/applies", {"reward": "other", "records": []}, 404, "no such reward"),
+        ("/score/", BODY, 404, "Not Found"),
+        ("/rewards", BODY, 405, "Method Not Allowed"),
+    ],
+)
+def test_what_is_refused(served, path, body, status, message):
+    answer = post(served, path, body)
+    assert (answer.status_code, list(answer.json())) == (status, ["error"])
+    said = answer.json()["error"]
+    assert message in said
+    assert "\n" not in said
+    assert "Traceback" not in said
+    assert post(served, "/score", BODY).status_code == 200  # it lives
+
+
+def test_strangers(served, guarded):
+    for host in ("evil.example", "evil.example:8420", "127.0.0.1.evil.example", "[", "10.0.0.1"):
+        assert served.get("/health", headers={"Host": host}).status_code == 403
+    for host in ("localhost", "localhost:1", "[::1]:8420", "127.0.0.2"):
+        assert served.get("/health", headers={"Host": host}).status_code == 200
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        assert post(served, "/score", BODY, **{"Content-Type": kind}).status_code == 415
+    asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    preflight = served.options("/score", headers=asked)
+    assert preflight.status_code == 405
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+    assert guarded.get("/health").status_code == 200
+    for path in ("/rewards", "/metrics", "/nothing"):
+        assert guarded.get(path).status_code == 401
+    for given in ("", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer", f"Bearer {TOKEN[:-1]}"):
+        answer = post(guarded, "/score", BODY, Authorization=given)
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert TOKEN not in answer.text
+    assert post(guarded, "/score", BODY, Authorization=f"Bearer {TOKEN}").status_code == 200
+
+
+def test_bodies_are_counted_while_they_come(served):
+    def endless():
+        for _ in range(12):
+            yield b"x" * 2**13
+
+    for content in (b"x" * (2**16 + 1), endless()):
+        answer = served.post("/score", content=content, headers=JSON)
+        assert answer.status_code == 413
+        assert "65536 bytes" in answer.json()["error"]
+    flat = wire.pack_request("mean", torch.zeros(2, 3, 300, 300, dtype=torch.uint8), [RED] * 2)  # 540 kB unpacked
+    assert len(flat) < 2**14
+    assert post(served, "/score", flat).status_code == 413
+    with socket.create_connection((served.base_url.host, served.base_url.port)) as raw:  # says less than it sends
+        raw.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        raw.sendall(b"Content-Length: -5\r\n\r\n" + b"x" * 100)
+        assert b" 400 " in raw.recv(1000)
+    assert post(served, "/score", BODY).status_code == 200
+
+
+def test_a_client_that_asks_too_often():
+    with serving(Mean(), rate=2.0) as (url, _), httpx.Client(base_url=url) as client:
+        answers = [client.get("/rewards") for _ in range(4)]
+        assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
+        assert answers[-1].headers["Retry-After"] == "1"
+        assert client.get("/health").status_code == 200
+
+
+def test_the_bucket():
+    now = 100.0
+    rates = Rates(0.5, lambda: now)
+    assert rates.wait("a") == 0.0
+    assert rates.wait("a") == 2.0
+    assert rates.wait("b") == 0.0
+    now = 101.0
+    assert rates.wait("a") == 1.0
+    now = 102.0
+    assert rates.wait("a") == 0.0
+    for other in range(3000):
+        rates.wait(str(other))
+    assert len(rates._buckets) == 1024
+
+
+def wait_until(true):
+    deadline = time.monotonic() + 5
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert true()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_reward_judges_in_its_own_threads(workers):
+    slow = Slow(workers)
+    body = wire.pack_request("slow", IMAGES, [RED] * 3)
+    with serving(slow) as (url, app), httpx.Client(base_url=url) as client, ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(post, client, "/score", body) for _ in range(6)]
+        wait_until(lambda: slow.now == max(1, workers) and app.desks[0].length == 6 - max(1, workers))
+        assert f'marble_queue_length{{reward="slow"}} {6 - max(1, workers)}' in client.get("/metrics").text
+        slow.go.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 6
+    assert slow.most == max(1, workers)
+
+
+def test_a_full_queue_a_client_that_goes_and_an_end(monkeypatch):
+    monkeypatch.setattr(desk_module, "WAITING", 2)
+    slow = Slow()
+    body = wire.pack_request("slow", IMAGES, [RED] * 3)
+    with serving(slow) as (url, app), httpx.Client(base_url=url, timeout=10) as client:
+        with ThreadPoolExecutor(3) as pool:
+            stays = [pool.submit(post, client, "/score", body) for _ in range(2)]
+            wait_until(lambda: slow.now == 1 and app.desks[0].length == 1)
+            with httpx.Client(base_url=url, timeout=0.2) as hasty, pytest.raises(httpx.ReadTimeout):
+                post(hasty, "/score", body)
+            assert app.desks[0].length == 2
+            full = post(client, "/score", body)
+            assert (full.status_code, full.headers["Retry-After"]) == (503, "1")
+            slow.go.set()
+            assert [answer.result().status_code for answer in stays] == [200] * 2
+        wait_until(lambda: app.desks[0].length == 0)
+        text = client.get("/metrics").text
+    assert slow.calls == 2  # nothing was judged for the client that had gone
+    for line in (
+        'marble_requests_total{endpoint="/score",status="200"} 2',
+        'marble_requests_total{endpoint="/score",status="499"} 1',
+        'marble_requests_total{endpoint="/score",status="503"} 1',
+        'marble_images_total{reward="slow"} 6',
+    ):
+        assert line in text.splitlines()
+    seconds, memory = (float(text.split(name)[-1].split()[0]) for name in ('seconds_total{reward="slow"}', "bytes"))
+    assert seconds > 0.2
+    assert memory > 10**7
+
+
+def test_a_reward_that_hangs():
+    slow = Slow()
+    slow.timeout = 0.1
+    with serving(slow, Mean()) as (url, _), httpx.Client(base_url=url) as client:
+        answer = post(client, "/score", wire.pack_request("slow", IMAGES, [RED] * 3))
+        assert (answer.status_code, answer.json()["error"]) == (504, "the reward did not answer within 0.1 s")
+        assert post(client, "/score", BODY).status_code == 200
+        slow.go.set()
+
+
+def test_a_reward_that_ends_its_thread(caplog):
+    class Leaving(Mean):
+        name = "leaving"
+
+        def score(self, images, records):
+            raise SystemExit(f"with {threading.current_thread().name}")
+
+        def applies(self, record):
+            raise KeyError("x")
+
+    with serving(Leaving()) as (url, _), httpx.Client(base_url=url) as client:
+        for _ in range(2):
+            answer = post(client, "/score", wire.pack_request("leaving", IMAGES, [RED] * 3))
+            assert answer.json() == {"error": "SystemExit: with reward leaving"}
+        answer = post(client, "/applies", {"reward": "leaving", "records": wire.pack_records([RED])})
+        assert answer.status_code == 500
+        assert "KeyError: 'x'" in answer.json()["error"]
+    assert caplog.messages == ["reward leaving: SystemExit: with reward leaving"] * 2
