@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from marble import Reward, train
 from marble.config import Config, make_config, read_config
+from marble.registry import known
+from marble.setup import check_config
 
 from .pipelines import build, call_of
 
@@ -24,8 +26,6 @@ TINY = {
     "black-forest-labs/FLUX.1-dev": ("flux", "FluxPipeline"),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("wan", "WanPipeline"),
 }
-REWARDS = {"pickscore", "hpsv21", "clipscore", "imagereward", "aesthetic", "ocr", "geneval", "unifiedreward"}
-SOURCES = {"pickscore", "text-rendering", "compositional"}
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
@@ -68,10 +68,15 @@ def test_every_model_has_a_tiny_one():
 
 
 @every_file
-def test_is_valid_and_names_what_will_be_there(path):
+def test_is_valid_without_a_download(path, monkeypatch):
+    """All but the prompts that have to be fetched: names, settings, what is installed."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = make_config(read_config(path))
-    assert {term.reward for term in config.rewards} | set(config.held_out_rewards) <= REWARDS
-    assert {source.source for source in config.prompts} <= SOURCES
+    uses = [*config.rewards, *config.held_out_rewards]
+    assert {use.reward for use in uses} <= set(known("reward"))
+    assert {source.source for source in config.prompts} <= set(known("prompt source"))
+    missing = [source.source for source in config.prompts if source.source == "pickscore"]
+    assert check_config(config, fetch=False) == missing
 
 
 @every_file
@@ -79,7 +84,7 @@ def test_sections_are_known_and_choices_have_comments(path):
     assert set(read_config(path)) <= set(Config.model_fields)
     lines = path.read_text(encoding="utf-8").splitlines()
     head = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
-    assert "come with the extra `rewards`, in a later release" in " ".join(head.replace("#", "").split())
+    assert 'pip install "marble-diffusion[rewards]"' in head
     assert "not measured" in head or "no memory measured" in head
     assert "Memory" in head or "memory" in head
     explained = [i for i, line in enumerate(lines) if " # " in line or line.lstrip().startswith("#")]
@@ -97,7 +102,6 @@ PUBLISHED = {
     "model.lora.alpha": 64,
     "model.call": {"height": 512, "width": 512},
     "model.dtype": "float16",
-    "held_out_rewards": ["aesthetic", "imagereward", "unifiedreward"],
     "rollout.prompts": 48,
     "rollout.group_size": 24,
     "rollout.steps": 25,
@@ -152,6 +156,8 @@ def test_the_papers_config_has_its_numbers(field, value):
 def test_the_papers_rewards_prompts_and_layers():
     config = make_config(read_config(paper()))
     assert [term.reward for term in config.rewards] == ["pickscore", "hpsv21", "clipscore", "ocr", "geneval"]
+    assert [use.reward for use in config.held_out_rewards] == ["aesthetic", "imagereward", "unifiedreward"]
+    assert not any(use.settings or use.url for use in [*config.rewards, *config.held_out_rewards])
     assert {(term.weight, term.priority, term.floor) for term in config.rewards} == {(1.0, 1.0, False)}
     assert len(config.prompts) == 3
     assert len({source.share for source in config.prompts}) == 1

@@ -1,12 +1,15 @@
 import json
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from marble import MarbleError
 from marble.prompts import PromptMixture, Record, load_source
 from marble.rules import split_by_share
 
-SOURCES = ["mini-places", "mini-words", "mini-objects"]
+SOURCES = ["mini-places", "mini-words", "mini-objects", "compositional", "text-rendering"]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -57,6 +60,32 @@ def test_a_source_is_used_up_before_it_repeats():
         assert len(set(seen[lap * 5 : lap * 5 + 5])) == 5
 
 
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    shares=st.lists(st.floats(0.1, 10), min_size=4, max_size=4),
+    prompts=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+)
+def test_every_batch_has_its_shares_and_no_prompt_comes_again_before_its_source_is_used_up(
+    sizes, shares, prompts, seed
+):
+    records = [[Record(f"{s}/{i}", str(s)) for i in range(size)] for s, size in enumerate(sizes)]
+    shares = shares[: len(sizes)]
+    mix = PromptMixture(list(zip(records, shares, strict=True)), prompts=prompts, group_size=2, seed=seed)
+    batches = [mix.batch(epoch).prompts for epoch in range(4)]
+    exact = [share * prompts / sum(shares) for share in shares]
+    for batch in batches:
+        counts = Counter(record.source for record in batch)
+        assert counts == Counter(record.source for record in batches[0])
+        assert sum(counts.values()) == prompts
+        assert all(abs(counts[str(s)] - share) < 1 for s, share in enumerate(exact))
+    for s, size in enumerate(sizes):
+        walked = [record.text for batch in batches for record in batch if record.source == str(s)]
+        for start in range(0, len(walked), size):  # whole laps, and the beginning of one
+            lap = walked[start : start + size]
+            assert len(set(lap)) == len(lap)
+
+
 def test_an_epoch_depends_on_the_seed_and_its_number_alone():
     assert mixture().batch(7) == mixture().batch(7)
     assert mixture().batch(7) != mixture().batch(8)
@@ -104,3 +133,40 @@ def test_files_that_will_not_do(tmp_path):
 def test_unknown_source():
     with pytest.raises(MarbleError, match='Did you mean "mini-words"'):
         load_source("mini-word", "train")
+
+
+# ---- texts to write -------------------------------------------------------------------------------------
+
+
+def test_texts_to_write():
+    train, held_out = (load_source("text-rendering", split) for split in ("train", "held-out"))
+    assert 2000 < len(train) < 5000
+    assert 200 < len(held_out) < 1000
+    assert load_source("text-rendering", "train") == train
+    assert len({r.text for r in train + held_out}) == len(train + held_out)
+    for record in train + held_out:
+        assert record.source == "text-rendering"
+        assert record.text.split('"')[1::2] == [record.targets["text"]]  # the only thing in quotes
+        assert 1 <= len(record.targets["text"].split()) <= 4
+    for records in (train, held_out[:60]):
+        lengths = Counter(len(r.targets["text"].split()) > 1 for r in records)
+        assert min(lengths.values()) > 0.2 * len(records)
+        cases = Counter(r.targets["text"].isupper() + 2 * r.targets["text"].islower() for r in records)
+        assert min(cases[kind] for kind in (0, 1, 2)) > 0.1 * len(records)
+
+
+def test_no_text_to_write_that_is_held_out_stands_in_a_train_prompt():
+    train, held_out = (load_source("text-rendering", split) for split in ("train", "held-out"))
+    prompts = {f" {' '.join(''.join(c if c.isalnum() else ' ' for c in r.text).lower().split())} " for r in train}
+    for text in {r.targets["text"].lower() for r in held_out}:
+        assert not any(f" {text} " in prompt for prompt in prompts), text
+
+
+def test_texts_to_write_are_the_same_everywhere():
+    assert [r.text for r in load_source("text-rendering", "held-out")[:3]] == [
+        'A laptop on a train table showing "Sing Along" in plain letters',
+        'A brick wall with "Ocean" sprayed on it in bright colours',
+        'A bakery display with a small flag that says "game over"',
+    ]
+    with pytest.raises(MarbleError, match='must be train or held-out, got "test"'):
+        load_source("text-rendering", "test")

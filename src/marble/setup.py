@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from marble.errors import MarbleError
 from marble.gradients import PerRewardGradients
 from marble.memory import GIB, free_bytes, full_training_bytes
 from marble.policy import Policy, model_path
-from marble.prompts import PromptMixture, Record, load_source
+from marble.prompts import PromptMixture, Record, load_mixture, needs_download
 from marble.rewards import Reward, applies_to, check_rewards, load_rewards, prepare_rewards
 from marble.rewards.absence import Absence
 from marble.rules import split_by_share
@@ -41,8 +41,16 @@ class Parts:
     absence: Absence
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, fetch: bool = True) -> list[str]:
     """All that can be found wrong without loading a model.
+
+    Args:
+        config: what to check.
+        fetch: whether prompts may be downloaded. If not, sources that would need it are passed over, and whether each
+            reward applies to some prompt is checked only if there are none of them.
+
+    Returns:
+        The sources passed over.
 
     Raises:
         MarbleError: names that cannot be found, a model that is not there, prompts or rewards that do not fit.
@@ -51,18 +59,20 @@ def check_config(config: Config) -> None:
     model_path(config.model.id)
     rewards = load_rewards([*config.rewards, *config.held_out_rewards])
     check_rewards(rewards)
-    train = [record for source in config.prompts for record in load_source(source.source, "train")]
-    check_applies(rewards, train, "prompt")
-    held_out = held_out_prompts(config)
-    check_applies(rewards, held_out, "held-out prompt")
     stop = config.evaluation.early_stop
     kept = {reward.name: reward for reward in rewards[len(config.rewards) :]}
-    if stop is not None:
-        if stop not in kept:
-            raise MarbleError(
-                f'evaluation.early_stop: "{stop}" is not a held-out reward; those are {list(kept) or "none"}'
-            )
-        check_applies([kept[stop]], held_out[: tracked(config)], "tracked held-out prompt")
+    if stop is not None and stop not in kept:
+        raise MarbleError(f'evaluation.early_stop: "{stop}" is not a held-out reward; those are {list(kept) or "none"}')
+    passed_over = [] if fetch else [source.source for source in config.prompts if needs_download(source)]
+    at_hand = [i for i, source in enumerate(config.prompts) if source.source not in passed_over]
+    train, held_out = load_mixture([config.prompts[i] for i in at_hand])
+    chosen = _chosen(config, dict(zip(at_hand, held_out, strict=True)))
+    if not passed_over:
+        check_applies(rewards, [record for records in train for record in records], "prompt")
+        check_applies(rewards, chosen, "held-out prompt")
+        if stop is not None:
+            check_applies([kept[stop]], chosen[: tracked(config)], "tracked held-out prompt")
+    return passed_over
 
 
 def check_processes(config: Config) -> None:
@@ -108,10 +118,16 @@ def held_out_prompts(config: Config) -> list[Record]:
     Raises:
         MarbleError: a source has fewer.
     """
+    return _chosen(config, dict(enumerate(load_mixture(config.prompts)[1])))
+
+
+def _chosen(config: Config, held_out: Mapping[int, list[Record]]) -> list[Record]:
+    """As many of what is held out of each source, by its place among all, as its share says; the sources in turn."""
     counts = split_by_share([source.share for source in config.prompts], config.evaluation.prompts)
     parts = []
-    for source, count in zip(config.prompts, counts, strict=True):
-        records = list({record.text: record for record in load_source(source.source, "held-out")}.values())
+    for i, each in held_out.items():
+        source, count = config.prompts[i], counts[i]
+        records = list({record.text: record for record in each}.values())
         if len(records) < count:
             nearest = max(2, config.evaluation.prompts * len(records) // count)
             raise MarbleError(
@@ -119,7 +135,7 @@ def held_out_prompts(config: Config) -> list[Record]:
                 f'"{source.source}", which has {len(records)}; use {nearest}'
             )
         parts.append(records[:count])
-    longest = max(len(part) for part in parts)
+    longest = max((len(part) for part in parts), default=0)
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
@@ -134,7 +150,8 @@ def assemble(config: Config) -> Parts:
     rewards = load_rewards([*config.rewards, *config.held_out_rewards])
     prepare_rewards(rewards)
     count = len(config.rewards)
-    sources = [(load_source(source.source, "train"), source.share) for source in config.prompts]
+    train, held_out = load_mixture(config.prompts)
+    sources = [(records, source.share) for records, source in zip(train, config.prompts, strict=True)]
     policy = _trained_policy(config)
     return Parts(
         policy=policy,
@@ -146,7 +163,7 @@ def assemble(config: Config) -> Parts:
         method=Method(config),
         engine=PerRewardGradients(policy.denoiser, parameters=policy.parameters, in_step=policy.in_step),
         updater=Updater(policy, config),
-        held_out_prompts=held_out_prompts(config),
+        held_out_prompts=_chosen(config, dict(enumerate(held_out))),
         weights=torch.tensor([term.weight for term in config.rewards], dtype=torch.float64),
         absence=Absence(config.missing_limit),
     )

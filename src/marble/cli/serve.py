@@ -32,8 +32,8 @@ class Serve:
     """file with the token; else MARBLE_TOKEN"""
     max_megabytes: int = 256
     """largest body; a portion of 64 images takes about 45 at 512 px and 160 at 1024 px"""
-    rate: float | None = None
-    """requests per second and client; without limit, if not given"""
+    rate: float = 100.0
+    """requests per second and address; one in excess is told when to come back, and ours do"""
     config: Path | None = None
     """take the rewards of a config, with their settings (those named, if any are)"""
     device: str | None = None
@@ -86,7 +86,7 @@ def _started(args: Serve, names: list[str], port: int, token: str | None) -> str
 def _check(args: Serve) -> None:
     if args.max_megabytes < 1:
         raise MarbleError(f"--max-megabytes: must be at least 1, got {args.max_megabytes}")
-    if args.rate is not None and not 0 < args.rate < math.inf:
+    if not 0 < args.rate < math.inf:
         raise MarbleError(f"--rate: must be positive, got {args.rate}")
     if args.threads is not None and args.threads < 1:
         raise MarbleError(f"--threads: must be at least 1, got {args.threads}")
