@@ -126,7 +126,7 @@ def test_what_applies_raises_is_the_rewards_mistake():
         def applies(self, record):
             return record.targets["text"] != ""
 
-    with pytest.raises(MarbleError, match=r"reward no targets: applies\(\) fails on a prompt: KeyError: 'text'; it must"):
+    with pytest.raises(MarbleError, match=r"reward no targets: applies\(\) fails on a prompt: KeyError: 'text'"):
         score_images([NoTargets()], SHADES, RECORDS, GROUPS)
 
 

@@ -139,6 +139,19 @@ def test_a_reward_in_the_working_folder(pictures, tmp_path):
         'def calm(images):\n    """Few edges."""\n    grey = images.float().mean(dim=1)\n'
         "    return -(grey[:, 1:] - grey[:, :-1]).abs().mean(dim=(1, 2))\n"
     )
-    command = [str(Path(sys.executable).with_name("marble")), "score", "a.png", "--rewards", "my_rewards:calm", "--json"]
+    command = [
+        str(Path(sys.executable).with_name("marble")),
+        "score",
+        "a.png",
+        "--rewards",
+        "my_rewards:calm",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=True)
     assert scores_of(done.stdout)["a.png"]["calm"] < -10
+
+
+def test_the_docs_have_what_the_rewards_say_of_themselves():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    _, out, _ = run("list", "rewards", "--markdown")
+    assert out.strip() in page, "put the answer of `marble list rewards --markdown` into docs/rewards.md"

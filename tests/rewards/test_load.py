@@ -84,7 +84,7 @@ def test_settings_reach_the_constructor_and_the_contract():
         (use("Scaled", factor=1, workers=-1), "settings.workers must be positive, got -1"),
         (use("Scaled", factor=1, timeout="soon"), "settings.timeout: input should be a valid number"),
         (use("brightness", times=2), 'unknown setting "times"'),
-        (use("nothing"), "a function takes (images) or (images, records), and settings with defaults; this one takes 0"),
+        (use("nothing"), "(images) or (images, records), and settings with defaults; this one takes 0"),
         (use("RECORDS"), "is no reward: it has no name, applies, score"),
         (use("Nowhere"), "cannot load reward"),
     ],

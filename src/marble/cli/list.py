@@ -68,8 +68,9 @@ def _show_rewards(form: Literal["json", "markdown", "text"]) -> None:
 
 
 def _markdown(name: str, row: dict[str, str]) -> str:
-    lines = [f"### {name}", row["about"].capitalize() if row["about"][1:2].islower() else row["about"], ""]
-    lines += [f"- {key}: {value}" for key, value in row.items() if key != "about" and value]
+    lines = [f"### {name}", row["about"][:1].upper() + row["about"][1:], ""]
+    lines += [f"- {key}: {f'`{value}`' if key == 'settings' else value}" for key, value in row.items() if value]
+    lines.remove(f"- about: {row['about']}")
     return "\n".join([*lines, ""])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -91,12 +92,15 @@ def facts_of(target: Any) -> dict[str, str]:
     row = {"about": about, **({} if facts is None else asdict(facts))}
     if callable(target):
         parameters = inspect.signature(target).parameters.values()
-        row["settings"] = ", ".join(
-            p.name if p.default is p.empty else f"{p.name}={p.default!r}"
-            for p in parameters
-            if p.kind is p.KEYWORD_ONLY
-        )
+        row["settings"] = ", ".join(_with_default(p) for p in parameters if p.kind is p.KEYWORD_ONLY)
     return row
+
+
+def _with_default(setting: inspect.Parameter) -> str:
+    if setting.default is setting.empty:
+        return f"{setting.name} (required)"
+    shown = json.dumps(setting.default, ensure_ascii=False, default=str).strip('"')
+    return f"{setting.name}: {shown if len(shown) <= 60 else shown[:59] + '…'}"
 
 
 def check_rewards(rewards: Sequence[Reward]) -> None:
