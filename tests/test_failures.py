@@ -268,7 +268,7 @@ def test_one_score_brings_a_reward_back(flaky, tmp_path, monkeypatch):
 def test_a_run_stops_at_once_when_no_reward_is_left(config, flaky, tmp_path, monkeypatch):
     values = config.model_dump() | {"rewards": [{"reward": f"{__name__}:Flaky"}], "missing_limit": 100}
     out = tmp_path / "run"
-    with pytest.raises(MarbleError, match="no score of flaky in a whole epoch; .*, saved after update 1"):
+    with pytest.raises(MarbleError, match=r"no score of flaky in a whole epoch; .*, saved after update 1"):
         train(make_config(values), out)
     monkeypatch.setattr(Flaky, "alive", range(1, 10**6))
     run = train(make_config(values), out, resume=True)

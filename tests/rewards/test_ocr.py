@@ -156,6 +156,10 @@ def test_lone_characters_count_only_if_they_are_the_whole_text():
     assert mark(["O"], "open") == 0
     assert mark(["O", "1"], "ocean100") == 0
     assert mark(["__"], "a_b") == 0
+    assert mark(["80"], "ocean100") == 0
+    assert mark(["OQ", "1"], "open") == 0
+    assert mark(["OK"], "oak") == pytest.approx(2 / 3)
+    assert mark(["80"], "80") == 1
     assert mark(["7"], "7") == 1
     assert mark(["N", "O"], "no") == 1
     assert mark(["OP", "E"], "open") == pytest.approx(3 / 4)  # beside more than one they count as ever

@@ -30,8 +30,8 @@ def resize(images: Tensor, size: tuple[int, int], method: Method) -> Tensor:
         `[..., height, width]` of the same dtype: of uint8 exactly what `PIL.Image.resize` makes (fixed point, rounded
         to 8 bits after each axis, first across and then down), of floats the same without rounding.
 
-    Pillow 13 goes down first where `H − height > 2 (W − width)`, which moves pixels of sharp pictures by up to 30 levels;
-    scorers were trained and their numbers published with those before it.
+    Pillow 13 goes down first where `H − height > 2 (W − width)`, which moves pixels of sharp pictures by up to 30
+    levels; scorers were trained and their numbers published with those before it.
     """
     height, width = size
     if width != images.shape[-1]:

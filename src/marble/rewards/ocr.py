@@ -19,6 +19,8 @@ from marble.prompts import Record
 from marble.rewards.base import Facts, Reward
 
 _QUOTED = re.compile(r'["“]([^"“”]*)["”]')
+_ROUND = frozenset("oq0cd689")
+"""What rings and discs are read as, by twos at times."""
 _LONGEST = 4
 """Of the shape that a picture is looked at in, in units of its shorter side."""
 
@@ -30,8 +32,8 @@ class OCR(Reward):
     letters). d is 0 if all that was read, joined in reading order, contains the text. The text is `targets["text"]`, or
     the first span of the prompt in double quotes.
 
-    Where nothing but lone characters is read (a ring is read as O, a bar as I) they count only if they make up the
-    whole text: a picture without text earns nothing.
+    Where nothing but lone characters is read, or two round ones (a ring is read as O, a bar as I, two discs as 80), they
+    count only if they make up the whole text: a picture without text earns nothing.
 
     Source: Flow-GRPO's OCR reward (Liu et al. 2025, `flow_grpo/ocr.py`), with RapidOCR in place of PaddleOCR's English
     models; NFKC, a least confidence and the last rule are ours.
@@ -155,9 +157,15 @@ def mark(read: Sequence[str], target: str) -> float:
     everything = _plain("".join(read))
     if target in everything:
         return 1.0
-    if not any(sum(letter.isalnum() for letter in text) > 1 for text in read):
+    if not any(map(_is_text, read)):
         return 0.0
     return 1 - min(edit_distance(everything, target), len(target)) / len(target)
+
+
+def _is_text(read: str) -> bool:
+    """Whether a reading is more than what rings, discs and strokes are taken for: one letter, or two round ones."""
+    letters = [letter for letter in _plain(read) if letter.isalnum()]
+    return len(letters) > 2 or (len(letters) == 2 and not set(letters) <= _ROUND)
 
 
 def edit_distance(one: str, two: str) -> int:
