@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ class Trial:
                     parameter.grad = None
         engine = PerRewardGradients(self.policy.denoiser, parameters=self.policy.parameters)
         updater = Updater(self.policy, config)
-        return Parts(self.policy, None, [], [], Method(config), engine, updater, [], WEIGHTS, Absence(1))
+        rewards: list[Any] = [SimpleNamespace(name=term.reward) for term in config.rewards]
+        return Parts(self.policy, None, rewards, [], Method(config), engine, updater, [], WEIGHTS, Absence(1))
 
     @staticmethod
     def plan(config: Config, epoch: int = 0, own: range | None = None) -> list[list[Visits]]:

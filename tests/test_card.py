@@ -17,6 +17,7 @@ from marble.card.markdown import plain
 from marble.config import demo_config_path, make_config, read_config
 from marble.export import COMFYUI_FILE, LORA_FILE, read_lora
 from marble.mini import model_folder
+from marble.report import write_report
 
 REPO = "me/my-lora"
 
@@ -255,6 +256,30 @@ def test_paths_of_this_machine_stay_here(copy, tmp_path):
     assert config["model"]["id"] == "base"
     assert config["prompts"][0] == {"source": "mine.txt", "share": 3}
     assert config["model"]["merge"] == ["first", "owner/second", "third"]
+
+
+def test_servers_and_keys_stay_here(copy, tmp_path):
+    """Not on the card, in the header, the config, the evaluation or the report."""
+    names = copy.evaluation()["training_rewards"]
+    config = copy.config.model_dump(mode="json")
+    for use in config["rewards"]:
+        use |= {
+            "url": ["http://judge.secret-corp:8420"],
+            "settings": {"api_key": "sk-secret", "dtype": "float16", "side": 8},
+        }
+    config["rewards"][0] |= {"reward": "https://user:secret@judge.secret-corp/first", "url": []}
+    config["held_out_rewards"][0] = {"reward": "http://10.1.2.3:8420/secretly/kept"}
+    changed = configured(copy, rewards=config["rewards"], held_out_rewards=config["held_out_rewards"])
+    files = write_bundle(changed, REPO, tmp_path / "bundle")
+    report = write_report(changed)
+    for file in [*(tmp_path / "bundle" / file for file in files), report]:
+        assert b"secret" not in file.read_bytes(), file
+        assert b"10.1.2.3" not in file.read_bytes(), file
+    published = yaml.safe_load((tmp_path / "bundle" / "config.yaml").read_text())
+    assert [use["settings"] for use in published["rewards"]] == [{"dtype": "float16", "side": 8}] * len(names)
+    assert published["rewards"][0]["reward"] == "first"
+    assert published["held_out_rewards"][0]["reward"] == "kept"
+    assert "<code>first</code>" in (tmp_path / "bundle" / "README.md").read_text()
 
 
 def test_a_base_of_the_hub_is_linked_and_read_as_it_was(copy):

@@ -26,6 +26,22 @@ def test_gains_are_paired_and_masked():
     assert (found["b"].before, found["b"].gain) == (1.0, -1.0)
 
 
+def test_pictures_without_a_score_in_one_evaluation_count_in_neither():
+    nan = float("nan")
+    before = table([[0.0, 1.0], [10.0, 1.0], [5.0, 1.0], [7.0, 1.0]])
+    after = table([[nan, nan], [10.0, nan], [6.0, nan], [8.0, nan]])  # the first of each pair of pictures failed
+    found = gains(before, after)
+    assert found["a"].before == 8.0  # (10 + 6) / 2
+    assert found["a"].gain == pytest.approx(0.5)  # 0 and 1
+    assert "b" not in found
+
+
+def test_what_is_missing_stands_in_the_file():
+    some = Evaluation(["a"], torch.zeros(2, 1, dtype=torch.float64), ["p"], EMPTY, {"a": 1})
+    assert some.to_json()["missing"] == {"a": 1}
+    assert "missing" not in table([[0.0, 1.0], [1.0, 1.0]]).to_json()
+
+
 def test_a_score_that_failed_does_not_drop_its_prompt():
     nan = float("nan")
     some = table([[1.0, nan], [nan, nan]])

@@ -280,3 +280,19 @@ def test_a_reward_that_never_answers_is_found_before_training(flaky, tmp_path, m
     with pytest.raises(MarbleError, match="no score of flaky for any of the base model's pictures"):
         train(flaky, tmp_path / "run")
     assert not (tmp_path / "run" / "lora").exists()
+
+
+def test_early_stop_waits_for_a_reward_that_gives_no_score(flaky, tmp_path, monkeypatch):
+    """Once it crashed for want of a gain: neither a strike nor a reprieve now."""
+    values = flaky.model_dump()
+    values["held_out_rewards"] = [values["rewards"].pop()["reward"]]
+    values["evaluation"] |= {"every": 1, "early_stop": "flaky"}
+    monkeypatch.setattr(Flaky, "alive", range(1, 2))
+    run = train(make_config(values | {"budget": {"updates": 3}}), tmp_path / "run")
+    rows = run.metrics()
+    assert [row["update"] for row in rows] == [0, 1, 2, 3]
+    assert [row["held_out"]["flaky"] for row in rows[1:]] == [None] * 3
+    assert [row["held_out_missing"] for row in rows[1:]] == [{"flaky": 4}] * 3
+    evaluation = run.evaluation()
+    assert evaluation["after"]["missing"] == {"flaky": 4}
+    assert set(evaluation["gains"]) == {"bright"}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from marble.catalogue import METHODS, OBJECTIVES, SCHEDULERS
 from marble.errors import MarbleError, nearest
@@ -85,6 +86,22 @@ class RewardUse(_Section):
         if isinstance(values, dict) and isinstance(values.get("url"), str):
             return {**values, "url": [values["url"]]}
         return values
+
+    @field_validator("settings")
+    @classmethod
+    def _plain(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        try:
+            plain = json.loads(json.dumps(settings, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"must be plain numbers, words, lists and mappings ({error}), got {settings!r}") from error
+        if plain != settings:
+            raise ValueError(f"must be plain numbers, words, lists and mappings with words for keys, got {settings!r}")
+        return settings
+
+    @property
+    def label(self) -> str:
+        """What tells it apart in the config: `settings.name`, or else what it is."""
+        return str(self.settings.get("name", self.reward))
 
 
 class RewardTerm(RewardUse):
@@ -292,9 +309,12 @@ def check_names(config: Config) -> None:
     """
     problems = []
     sources = [(f"prompts.{i}.source", "prompt source", p.source) for i, p in enumerate(config.prompts)]
-    rewards = [(f"rewards.{i}.reward", "reward", r.reward) for i, r in enumerate(config.rewards)]
-    kept = [(f"held_out_rewards.{i}.reward", "reward", r.reward) for i, r in enumerate(config.held_out_rewards)]
-    rewards = [(where, kind, name) for where, kind, name in rewards + kept if not is_url(name)]
+    rewards = [
+        (f"{section}.{i}.reward", "reward", use.reward)
+        for section in ("rewards", "held_out_rewards")
+        for i, use in enumerate(getattr(config, section))
+        if not use.url and not is_url(use.reward)
+    ]
     for where, kind, name in sources + rewards:
         if kind == "prompt source" and is_file(name):
             if not Path(name).is_file():

@@ -26,6 +26,7 @@ class Evaluation:
     scores: Tensor  # [M, K] float64, NaN where a reward does not apply
     prompts: list[str]  # one a group of images
     images: Tensor  # [M, 3, H, W] ([M, F, 3, H, W] of videos) uint8, or those of the first prompts alone
+    missing: dict[str, int] = field(default_factory=dict)  # images that a reward should have judged and did not
     silent: list[str] = field(default_factory=list)  # rewards that should have judged images and did none
 
     @property
@@ -42,7 +43,8 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Everything but the images; NaN becomes null."""
         rows = [[None if np.isnan(v) else v for v in row] for row in self.scores.tolist()]
-        return {"names": self.names, "prompts": self.prompts, "scores": rows, "means": self.means()}
+        content = {"names": self.names, "prompts": self.prompts, "scores": rows, "means": self.means()}
+        return content | ({"missing": self.missing} if self.missing else {})
 
 
 @dataclass(frozen=True)
@@ -113,13 +115,15 @@ def evaluate(
     kept = range(min(rows.start, keep), min(rows.stop, keep))
     pixels = (images[: len(kept)].clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = gather_rows(pixels, kept, keep)
-    return Evaluation(table.names, table.scores, [p.text for p in prompts], pixels, table.silent)
+    texts, missing = [p.text for p in prompts], table.metrics().get("missing", {})
+    return Evaluation(table.names, table.scores, texts, pixels, missing, table.silent)
 
 
 def gains(before: Evaluation, after: Evaluation, *, resamples: int = 2000, seed: int = 0) -> dict[str, Gain]:
     """Paired gains by reward, with percentile bootstrap intervals over prompts.
 
-    Prompts, not images, are resampled: images of one prompt are not independent of each other.
+    Prompts, not images, are resampled: images of one prompt are not independent of each other. Images that a reward
+    gave no score for in one of the two count in neither; a reward without a pair of scores has no gain.
 
     Raises:
         ValueError: the two were not made with the same prompts and rewards.
@@ -129,8 +133,10 @@ def gains(before: Evaluation, after: Evaluation, *, resamples: int = 2000, seed:
     rng = np.random.default_rng(seed)
     out = {}
     for k, name in enumerate(before.names):
-        first, second = before.per_prompt[:, k], after.per_prompt[:, k]
-        judged = ~np.isnan(first) & ~np.isnan(second)
+        each = [evaluation.scores[:, k].view(len(before.prompts), -1) for evaluation in (before, after)]
+        paired = ~each[0].isnan() & ~each[1].isnan()
+        first, second = (torch.where(paired, scores, torch.nan).nanmean(dim=1).numpy() for scores in each)
+        judged = paired.any(dim=1).numpy()
         difference = (second - first)[judged]
         if not len(difference):
             continue

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from marble.errors import MarbleError
 from marble.policy import model_path
-from marble.registry import is_file, known
+from marble.registry import is_data_set, is_file, is_url, known
 from marble.run import Run
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -34,6 +34,11 @@ HISTORY = 200
 _SETTINGS = "lora_adapter_metadata"  # the header's entry in which Diffusers keeps PEFT's settings
 _FACTOR = re.compile(r"(?P<part>[^.]+)\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _PATH = re.compile(r"(?<![\w.:/\\])(?:~?/|[A-Za-z]:\\)[^\s\"']*")
+_TOLD = (
+    *("name", "dtype", "source", "revision", "processor", "tokenizer", "head", "encoder", "interpolation", "model"),
+    *("detector", "clip", "detector_revision", "clip_revision"),
+)
+"""Settings of rewards that say what was scored, and are published."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -185,7 +190,7 @@ def rewards_of(run: Run) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "reward": term.reward,
+            "reward": public_name(term.reward),
             "revision": without_paths(evaluation.get("revisions", {}).get(name, "")),
             "priority": term.priority,
             "floor": term.floor,
@@ -218,8 +223,28 @@ def base_of(run: Run) -> Base:
 
 
 def public_name(source: str) -> str:
-    """A prompt source's name without the folder that its file lies in."""
-    return last_part(source) if is_file(source) else source
+    """A prompt source's name without the folder that it lies in, a served reward's without its server."""
+    if is_data_set(source) and not _is_hub_id(source[3:]):
+        return "hf:" + last_part(source)
+    return last_part(source) if is_file(source) or is_url(source) else source
+
+
+def public_rewards(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's mapping without what its rewards' settings may hold of servers, keys and folders.
+
+    Numbers, flags and the settings in `_TOLD` stay, the latter without paths.
+    """
+    told = dict(values)
+    for section in ("rewards", "held_out_rewards"):
+        told[section] = []
+        for use in values.get(section, []):
+            kept = {
+                name: without_paths(value)
+                for name, value in use.get("settings", {}).items()
+                if isinstance(value, bool | int | float) or (name in _TOLD and "://" not in str(value))
+            }
+            told[section].append({**use, "reward": public_name(use["reward"]), "url": [], "settings": kept})
+    return told
 
 
 def public_source(source: str) -> str:

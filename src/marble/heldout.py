@@ -79,23 +79,26 @@ class HeldOut:
         self.run.write_evaluation(self._content(self.start))
         self.run.log({"update": 0, "held_out": self._first(self.start).means()})
 
-    def on_the_way(self) -> tuple[dict[str, float | None], bool]:
+    def on_the_way(self) -> tuple[dict[str, Any], bool]:
         """Evaluate the average of the adapter so far on the tracked prompts.
 
         Returns:
-            Mean score by reward; whether to stop, because the early-stop reward has been significantly below
-            its start for `patience` evaluations in a row (the exported average is then that before the fall).
+            Metrics: mean score by reward, and how many images each gave no score for, if any. Whether to stop, because
+            the early-stop reward has been significantly below its start for `patience` evaluations in a row (the
+            exported average is then that before the fall); one without a score counts neither way.
         """
         now = self._evaluate(self.tracked, "ema")
         name = self.config.evaluation.early_stop
         if name is not None and self.start is not None:
-            fallen = agree(gains(self._first(self.start), now)[name].high < 0)
-            self.strikes = self.strikes + 1 if fallen else 0
-            if not fallen:
+            gain = gains(self._first(self.start), now).get(name)  # none if it gave no score
+            fallen = agree(gain is not None and gain.high < 0)
+            self.strikes = self.strikes + 1 if fallen else self.strikes if gain is None else 0
+            if not fallen and gain is not None:
                 self.best = self._average()
         if self.fallen:
             self.parts.policy.load_adapter_state("ema", self.best)
-        return now.means(), self.fallen
+        metrics: dict[str, Any] = {"held_out": now.means()}
+        return metrics | ({"held_out_missing": now.missing} if now.missing else {}), self.fallen
 
     def after(self) -> None:
         """Evaluate what is exported on all held-out prompts; write `evaluation.json` and the samples."""
@@ -125,7 +128,7 @@ class HeldOut:
         content: dict[str, Any] = {
             "training_rewards": [reward.name for reward in self.parts.rewards],
             "held_out_rewards": [reward.name for reward in self.parts.held_out_rewards],
-            "revisions": {reward.name: reward.revision for reward in self.rewards},
+            "revisions": {reward.name: getattr(reward, "revision", "") for reward in self.rewards},
             "seeds": self.seeds,
             "steps": self.config.evaluation.steps,
             "guidance": self.parts.policy.caller.guided(self.config.evaluation.guidance),

@@ -67,3 +67,5 @@ def resolve(kind: str, name: str) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise MarbleError(f'cannot load {kind} "{name}": {error}') from error
+    except Exception as error:  # somebody else's code
+        raise MarbleError(f'cannot load {kind} "{name}": {type(error).__name__}: {error}') from error

@@ -101,11 +101,11 @@ def _balance(config: Config) -> list[str]:
             f"{balance.advantage_scale} and norms = {balance.norms}; use method = marble for either correction"
         )
     problems += _preferences(config)
-    names = [term.reward for term in config.rewards]
+    names = [term.label for term in config.rewards]
     for name in sorted({n for n in names if names.count(n) > 1}):
-        problems.append(f'rewards: "{name}" is given more than once')
-    for name in sorted(set(names) & {use.reward for use in config.held_out_rewards}):
-        problems.append(f'held_out_rewards: "{name}" is also trained on')
+        problems.append(f'rewards: "{name}" is given more than once; settings: {{name: …}} tells two of a kind apart')
+    for name in sorted(set(names) & {use.label for use in config.held_out_rewards}):
+        problems.append(f'held_out_rewards: "{name}" is also trained on; with other settings, give it a settings.name')
     return problems
 
 

@@ -90,7 +90,7 @@ class _Update:
     """
 
     def __init__(self, config: Config, parts: Parts, signals: Signals, plan: list[Visits]) -> None:
-        self.names = [term.reward for term in config.rewards]
+        self.names = [reward.name for reward in parts.rewards]
         self.kl_weight, self.objective, self.signals = config.objective.kl, config.objective, signals
         self.policy, self.method, self.engine, self.updater = parts.policy, parts.method, parts.engine, parts.updater
         self.visits = total(sum(visits.counts.sum().item() for visits in plan))

@@ -9,7 +9,7 @@ from typing import Any
 
 from marble.balance.signals import signals_of
 from marble.config import Config
-from marble.distributed import agree, decide, is_main, rank, share, start, world
+from marble.distributed import agree, barrier, decide, is_main, rank, share, start, world
 from marble.errors import MarbleError
 from marble.export import finish_run
 from marble.heldout import HeldOut
@@ -48,6 +48,7 @@ def train(
     check_processes(config)
     out = Path(decide(lambda: str(choose_folder(out, resume))))
     parts = assemble(config)
+    barrier()  # nothing is written if a process did not get as far
     run = Run(out) if resume else Run.create(out, config)
     held_out = HeldOut(run, config, parts)
     epoch, spent = restore(parts, held_out, run) if resume else (0, 0.0)
@@ -95,7 +96,8 @@ def train(
                 metrics["time"] = {"rollout": clock[1] - clock[0], "rewards": clock[2] - clock[1], **judging.times()}
                 metrics["time"]["elapsed"] = time.perf_counter() - began
                 if config.evaluation.every and done % config.evaluation.every == 0:
-                    metrics["held_out"], fallen = held_out.on_the_way()
+                    evaluated, fallen = held_out.on_the_way()
+                    metrics |= evaluated
                 run.log(metrics)
                 asked = agree(is_main() and watch(metrics)) or asked
             parts.updater.end_epoch()
@@ -106,7 +108,7 @@ def train(
             over = asked or fallen or bool(lost) or _spent(config, parts, spent)
             if over or parts.updater.updates % config.checkpoint_every < len(plan):
                 _checkpoint(config, parts, run, held_out, epoch, spent)
-    except (MarbleError, RuntimeError):
+    except Exception:
         _export(parts, run)  # what was learned until then
         raise
     _export(parts, run)

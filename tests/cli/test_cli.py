@@ -14,6 +14,7 @@ import yaml
 
 from marble.cli import COMMANDS, main
 from marble.cli.settings import describe_settings, override
+from marble.cli.train import _resumable
 from marble.config import demo_config_path, read_config
 from marble.errors import MarbleError
 
@@ -225,6 +226,35 @@ def test_settings_are_laid_over_a_config():
     for bad in (["value"], ["--a"], ["--a.b.c", "1"], ["--items.x", "1"]):
         with pytest.raises(MarbleError):
             override({"a": {"b": 1}, "items": [1]}, bad)
+
+
+def test_settings_of_a_reward_that_is_given_by_its_name_alone():
+    values = {"rewards": ["one", {"reward": "two"}]}
+    override(values, ["--rewards.0.weight", "2", "--rewards.0.settings.batch", "8", "--rewards.1.url", "http://a:1"])
+    one, two = {"reward": "one", "weight": 2, "settings": {"batch": 8}}, {"reward": "two", "url": "http://a:1"}
+    assert values == {"rewards": [one, two]}
+
+
+@pytest.mark.parametrize(
+    ("setting", "may"),
+    [
+        ("rewards.0.url", True),
+        ("held_out_rewards.12.url", True),
+        ("rewards.3.settings.timeout", True),
+        ("held_out_rewards.0.settings.device", True),
+        ("missing_limit", True),
+        ("optimizer.lr", True),
+        ("rewards.0.reward", False),
+        ("rewards.0.settings.threshold", False),
+        ("rewards.0.settings.name", False),
+        ("rewards.x.url", False),
+        ("url", False),
+        ("timeout", False),
+        ("seed", False),
+    ],
+)
+def test_what_a_run_may_go_on_with_otherwise(setting, may):
+    assert _resumable(setting) == may
 
 
 def test_every_setting_is_described():

@@ -1,13 +1,15 @@
 """Scores remembered: only where the reward allows it, never for another image, prompt, revision or setting."""
 
+import datetime
 import sqlite3
 
 import pytest
 import torch
 
 from marble import Reward
+from marble.config import RewardUse
 from marble.prompts import Record
-from marble.rewards import score_images
+from marble.rewards import make_reward, score_images
 from marble.rewards.cache import VARIABLE, ScoreCache
 
 RECORDS = [Record("a", "s"), Record("b", "s", {"text": "B"})] * 2
@@ -65,6 +67,29 @@ def test_what_is_different_is_judged_anew(cache, change):
         reward.settings = {"dtype": "bfloat16"}
     score(reward, cache, images, records)
     assert reward.judged == 8
+
+
+def one(images):
+    return torch.ones(len(images))
+
+
+def seven(images):
+    return torch.full((len(images),), 7.0)
+
+
+one.cached = seven.cached = True
+one.revision = seven.revision = "1"
+
+
+def test_functions_do_not_share_scores(cache):
+    for name, expected in (("one", 1), ("seven", 7)):
+        reward = make_reward(RewardUse(reward=f"{__name__}:{name}", settings={"name": "same"}))
+        assert score(reward, cache).tolist() == [[expected]] * 4
+
+
+def test_targets_of_any_kind(cache):
+    records = [Record("a", "s", {"when": datetime.date(2026, 1, 1)})] * 4
+    assert not score(Counting(), cache, records=records).isnan().any()
 
 
 def test_part_of_a_portion_is_no_portion(cache):

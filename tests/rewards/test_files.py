@@ -70,6 +70,13 @@ def test_an_animation_is_a_video(tmp_path):
     assert [frame.unique().tolist() for frame in video] == [[0], [100], [200]]
 
 
+def test_stills_of_several_pictures_are_their_first(tmp_path):
+    pages = [Image.new("RGB", (6, 4), "red"), Image.new("RGB", (3, 3), "blue")]
+    for name in ("a.tiff", "a.mpo"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        assert read_picture(tmp_path / name).shape == (3, 4, 6)
+
+
 def test_what_is_no_image(tmp_path):
     (tmp_path / "a.png").write_text("not an image")
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")

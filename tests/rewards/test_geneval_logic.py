@@ -3,7 +3,7 @@ import math
 import pytest
 
 from marble.prompts.coco import targets_of
-from marble.rewards.geneval.logic import Found, Wanted, decide, relations
+from marble.rewards.geneval.logic import Found, Asked, decide, relations
 
 LEFT, RIGHT, FAR = (0, 0, 10, 10), (40, 0, 50, 10), (80, 0, 90, 10)
 SINGLE = {"task": "single_object", "objects": [{"name": "bench", "count": 1}]}
@@ -34,7 +34,7 @@ def things(count, colour=None, box=LEFT):
 
 
 def verdict(targets, found, margin=0.1):
-    wanted = Wanted.of(targets)
+    wanted = Asked.of(targets)
     assert wanted is not None
     return decide(wanted, found, margin)
 
@@ -154,11 +154,11 @@ def test_the_margin_is_a_share_of_the_sizes_axis_by_axis():
 
 
 def test_targets_may_leave_out_count_and_task():
-    wanted = Wanted.of({"objects": [{"name": "tv remote"}]})
+    wanted = Asked.of({"objects": [{"name": "tv remote"}]})
     assert wanted is not None
     assert [(c.name, c.count, c.colour) for c in wanted.objects] == [("tv remote", 1, None)]
     assert not wanted.counting
-    assert Wanted.of(THREE).counting
+    assert Asked.of(THREE).counting
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_targets_may_leave_out_count_and_task():
     ],
 )
 def test_other_targets_ask_for_nothing_it_knows(targets):
-    assert Wanted.of(targets) is None
+    assert Asked.of(targets) is None
 
 
 def test_metadata_of_the_benchmark_gives_the_same_demands():

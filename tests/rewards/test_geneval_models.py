@@ -19,7 +19,7 @@ from marble.rewards.geneval import colours as colours_module
 from marble.rewards.geneval import referee as referee_module
 from marble.rewards.geneval.colours import ColourNamer, cut_out
 from marble.rewards.geneval.detector import check_labels, load_detector
-from marble.rewards.geneval.logic import Found, Wanted, decide
+from marble.rewards.geneval.logic import Found, Asked, decide
 from marble.rewards.load import make_reward
 
 SIDES = (64, 96)
@@ -349,7 +349,7 @@ def verdict_the_slow_way(folder, image, targets, rows):
             cosines = [colour_the_slow_way(folder, pil(image), r[3], r[2], r[0]) for r in best[o["name"]]]
             named = [COLOURS[int(np.argmax(each))] for each in cosines]
             found[o["name"]] = [Found(r[2], c) for r, c in zip(best[o["name"]], named, strict=True)]
-    return decide(Wanted.of(targets), found, 0.0)
+    return decide(Asked.of(targets), found, 0.0)
 
 
 def test_the_whole_is_what_its_parts_make(settings, scene, clip_folder):

@@ -1,7 +1,10 @@
 """Portions: what a reward is given does not depend on when images come, or on who else judges."""
 
+import sys
 import threading
 import time
+import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -149,3 +152,57 @@ def test_a_crew_goes_on_with_the_threads_that_do_not_hang():
     assert stuck.given_up
     assert all(job.scores is not None for job in fine)
     release.set()
+
+
+def test_pictures_are_let_go_of_once_they_are_judged():
+    given = []
+
+    class Watching(Recorder):
+        def score(self, images, records):
+            given.append(weakref.ref(images))
+            return super().score(images, records)
+
+    rewards = [Watching(), Watching(name="beside", workers=1), Watching(name="floats", wants_floats=True)]
+    judging = Judging(rewards, [RED] * 7, torch.zeros(7, dtype=torch.long))
+    judging.add(pictures(7))
+    judging.table()
+    assert len(given) == 9
+    assert [images() for images in given] == [None] * 9  # the judging is still there
+    assert not judging._bytes + judging._floats
+
+
+def test_what_a_reward_raises_ends_no_thread():
+    class Leaving(Recorder):
+        name = "leaving"
+
+        def score(self, images, records):
+            sys.exit("goodbye")
+
+    reward = Leaving(timeout=30)
+    for _ in range(2):  # the second time there is a thread, too
+        began = time.perf_counter()
+        table = score_images([reward], pictures(2), [RED] * 2, torch.zeros(2))
+        assert table.silent == ["leaving"]
+        assert time.perf_counter() - began < 10
+
+
+def test_rewards_that_cannot_be_hashed_or_hold_nothing():
+    @dataclass
+    class Data(Recorder):
+        scale: float = 1.0
+
+        def __post_init__(self):
+            self.calls = []
+
+    class Bare:
+        __slots__ = ()
+        name = "bare"
+
+        def applies(self, record):
+            return True
+
+        def score(self, images, records):
+            return images[:, 0, 0, 0].float()
+
+    table = score_images([Data(), Bare()], pictures(2), [RED] * 2, torch.zeros(2))
+    assert table.scores.tolist() == [[0, 0], [1, 1]]

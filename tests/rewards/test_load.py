@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from marble import MarbleError, Reward
-from marble.config import RewardUse
+from marble.config import RewardUse, check_names, make_config
 from marble.prompts import Record
 from marble.rewards import check_rewards, make_reward, prepare_rewards, score_images
 
@@ -46,6 +46,15 @@ class Scaled(Reward):
         return self.factor * images.float().mean(dim=(1, 2, 3))
 
 
+class Refusing(Scaled):
+    def __init__(self):
+        raise ValueError("not today")
+
+
+def guessing(images, records=None, *, times: float = 1.0):
+    return torch.full((len(images),), -1.0 if records is None else times * len(records))
+
+
 def use(attribute, /, **settings):
     return RewardUse(reward=f"{__name__}:{attribute}", settings=settings)
 
@@ -59,6 +68,58 @@ def test_functions_of_images_with_and_without_prompts():
     assert scores(use("brightness"), use("length"), use("length", times=2, name="twice")) == [[0, 1, 2], [255, 2, 4]]
     reward = make_reward(use("brightness"))
     assert (reward.name, reward.about) == ("brightness", "How bright it is.")
+
+
+def test_records_are_given_though_they_have_a_default():
+    assert scores(use("guessing", times=3)) == [[6], [6]]
+    with pytest.raises(MarbleError, match='unknown setting "records"'):
+        make_reward(use("guessing", records=1))
+
+
+def test_a_module_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_rewards.py").write_text("def score(images:\n")
+    with pytest.raises(MarbleError, match=r'cannot load reward "broken_rewards:score": SyntaxError'):
+        make_reward(RewardUse(reward="broken_rewards:score"))
+
+
+@pytest.mark.parametrize("settings", [{"x": float("inf")}, {"x": {1: 2}}, {"x": object()}, {"x": (1, 2)}])
+def test_settings_are_what_a_config_can_hold(settings):
+    with pytest.raises(MarbleError, match=r"rewards\.0\.settings: must be plain numbers, words, lists and mappings"):
+        make_config(
+            {"prompts": ["x"], "rewards": [{"reward": "a", "settings": settings}]} | {"prompts": [{"source": "x"}]}
+        )
+
+
+def test_two_of_a_kind_are_told_apart_by_name():
+    one, two = ({"reward": "judge", "settings": {"model": model, "name": model}} for model in ("a", "b"))
+    prompts = [{"source": "x"}]
+    config = make_config({"prompts": prompts, "rewards": [one], "held_out_rewards": [two]})
+    assert [use.label for use in [*config.rewards, *config.held_out_rewards]] == ["a", "b"]
+    with pytest.raises(MarbleError, match='"a" is given more than once; settings: '):
+        make_config({"prompts": prompts, "rewards": [one, one]})
+    with pytest.raises(MarbleError, match='held_out_rewards: "a" is also trained on'):
+        make_config({"prompts": prompts, "rewards": [one], "held_out_rewards": [one]})
+
+
+def test_a_served_reward_need_not_be_known_here():
+    served = {"reward": "theirs", "url": "http://127.0.0.1:1"}
+    check_names(make_config({"prompts": [{"source": "mini-words"}], "rewards": [served]}))
+    with pytest.raises(MarbleError, match='unknown reward "theirs"'):
+        check_names(make_config({"prompts": [{"source": "mini-words"}], "rewards": ["theirs"]}))
+
+
+def test_a_reward_is_prepared_once():
+    class Counting(Scaled):
+        prepared_for = 0
+
+        def prepare(self):
+            self.prepared_for += 1
+
+    reward = Counting(factor=1)
+    prepare_rewards([reward])
+    prepare_rewards([reward])
+    assert reward.prepared_for == 1
 
 
 def test_a_functions_attributes_count():
@@ -80,8 +141,16 @@ def test_settings_reach_the_constructor_and_the_contract():
         (use("Scaled", factor=1, fctor=2), 'unknown setting "fctor". Did you mean "factor"? Known: factor, kind, name'),
         (use("Scaled", factor="much"), "settings.factor: input should be a valid number, unable to parse"),
         (use("Scaled", factor=1, kind=3), "settings.kind: input should be a valid string, got 3"),
-        (use("Scaled", factor=1, batch=0), "settings.batch must be positive, got 0"),
-        (use("Scaled", factor=1, workers=-1), "settings.workers must be positive, got -1"),
+        (use("Scaled", factor=1, batch=0), "settings.batch must be positive and at most 100000, got 0"),
+        (use("Scaled", factor=1, workers=-1), "settings.workers must be positive and at most 64, got -1"),
+        (use("Scaled", factor=1, workers=1000), "settings.workers must be positive and at most 64, got 1000"),
+        (
+            use("Scaled", factor=1, timeout=1e12),
+            "settings.timeout must be positive and at most 1000000, got 1000000000000.0",
+        ),
+        (use("Scaled", factor=1, name=""), "settings.name must not be empty"),
+        (use("Refusing"), 'Refusing" cannot be made: ValueError: not today'),
+        (RewardUse(reward=".own:ok"), 'cannot load reward ".own:ok": TypeError'),
         (use("Scaled", factor=1, timeout="soon"), "settings.timeout: input should be a valid number"),
         (use("brightness", times=2), 'unknown setting "times"'),
         (use("nothing"), "(images) or (images, records), and settings with defaults; this one takes 0"),

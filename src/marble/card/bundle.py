@@ -17,6 +17,7 @@ from marble.export import (
     finish_lora,
     last_part,
     public_name,
+    public_rewards,
     public_source,
     read_lora,
     without_paths,
@@ -61,13 +62,16 @@ def write_bundle(run: Run, repo: str, folder: Path, license_id: str | None = Non
 
 def public_config(run: Run) -> str:
     """A run's configuration as YAML, with paths of this machine cut to their last part."""
-    values = without_paths(run.config.model_dump(mode="json", exclude={"prompts"}))
+    values = without_paths(public_rewards(run.config.model_dump(mode="json", exclude={"prompts"})))
     model = run.config.model
     if base_of(run).kind == "local":
         values["model"]["id"] = last_part(model.id)
     values["model"]["merge"] = [public_source(source) for source in model.merge]
     if model.lora.start is not None:
         values["model"]["lora"]["start"] = public_source(model.lora.start)
-    prompts = [{"source": public_name(term.source), "share": term.share} for term in run.config.prompts]
+    prompts = []
+    for term in run.config.prompts:
+        others = term.model_dump(mode="json", exclude_defaults=True, exclude={"source", "share"})
+        prompts.append({"source": public_name(term.source), "share": term.share, **others})
     values = {name: prompts if name == "prompts" else values[name] for name in run.config.model_dump()}
     return "# as run; local paths are cut to their last part\n" + yaml.safe_dump(values, sort_keys=False)

@@ -30,7 +30,7 @@ def rewards(run: Run) -> str:
         ]
         for row in rewards_of(run)
     ]
-    given = [use.reward for use in config.held_out_rewards]
+    given = [public_name(use.reward) for use in config.held_out_rewards]
     names = evaluation.get("held_out_rewards", given)
     for name, registered in zip(names, given, strict=True):
         revision = plain(without_paths(evaluation.get("revisions", {}).get(name, "")))

@@ -125,7 +125,9 @@ class ProgressDisplay:
         alpha = metrics.get("alpha") or [None] * len(metrics["reward"])
         for (name, value), weight in zip(metrics["reward"].items(), alpha, strict=True):
             if value is None:
+                table.add_row(name, Text("missing", style="red"), "", "", "")
                 continue
+            self.first.setdefault(name, value)
             change = value - self.first.get(name, value)
             table.add_row(
                 name,

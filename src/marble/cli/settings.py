@@ -53,6 +53,8 @@ def _number(value: Any) -> Any:
 def _put(node: Any, path: list[str], value: Any, name: str) -> None:
     for part in path[:-1]:
         if isinstance(node, list):
+            if isinstance(_item(node, part, name), str):  # a reward by its name alone
+                node[int(part)] = {"reward": node[int(part)]}
             node = _item(node, part, name)
         elif isinstance(node, dict):
             node = node.setdefault(part, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,12 @@ settings (N: number of the item in a list):
 RESUMABLE = (
     *("model.dtype", "model.device", "model.offload", "model.checkpointing", "model.vae_tiling", "model.vae_slicing"),
     *("optimizer.lr", "optimizer.micro_batch", "rollout.batch", "budget.updates", "budget.minutes"),
-    *("checkpoint_every", "keep_checkpoints", "threads"),
+    *("checkpoint_every", "keep_checkpoints", "threads", "missing_limit"),
+    *("rewards.N.url", "rewards.N.settings.X", "held_out_rewards.N.url", "held_out_rewards.N.settings.X"),
 )
-"""Settings that a run may go on with otherwise."""
+"""Settings that a run may go on with otherwise; of a reward's settings X those in `WHERE`."""
+WHERE = ("url", "timeout", "workers", "retries", "answer_within", "key_variable", "token_variable", "device", "threads")
+"""Settings of rewards that change where and how long they judge, not what."""
 
 
 def run(argv: list[str]) -> int:
@@ -89,7 +93,7 @@ def resume(path: Path, changes: list[str], *, as_json: bool = False) -> int:
     from marble.storage import write_atomic
 
     named = [argument.removeprefix("--").partition("=")[0] for argument in changes if argument.startswith("--")]
-    if fixed := [name for name in named if name not in RESUMABLE]:
+    if fixed := [name for name in named if not _resumable(name)]:
         raise MarbleError(
             f"--resume: {', '.join(fixed)} would make another run of it; what may change is {', '.join(RESUMABLE)}"
         )
@@ -106,6 +110,13 @@ def resume(path: Path, changes: list[str], *, as_json: bool = False) -> int:
         return config.model_dump(mode="json")
 
     return _go(make_config(decide(settings)), path, resume=True, as_json=as_json)
+
+
+def _resumable(name: str) -> bool:
+    """Whether a run may go on with another value of a setting."""
+    general = re.sub(r"rewards\.\d+\.", "rewards.N.", name)
+    inner = general.removeprefix("held_out_").removeprefix("rewards.N.settings.")
+    return general in RESUMABLE or (inner != general and inner in WHERE)
 
 
 def _go(config: Config, out: Path, *, resume: bool, as_json: bool) -> int:
@@ -139,6 +150,8 @@ def _tell(result: Run, out: Path, as_json: bool) -> int:
         print(json.dumps({"run": str(out), "report": str(report), "gains": evaluation.get("gains")}))
     elif "gains" in evaluation:
         _print_gains(evaluation)
+        if lost := [name for name in evaluation["before"]["names"] if name not in evaluation["gains"]]:
+            print(f"no gain of {', '.join(lost)}: there are no scores of the same pictures before and after")
         print(f"\nreport: {report}\nLoRA:   {out / 'lora'}")
     else:
         print(f"stopped early; what there is lies in {out}\ngo on with: {_command()} train --resume {out}")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from marble.export import public_rewards
 from marble.report import figures
 from marble.run import Run
 from marble.storage import write_atomic
@@ -219,7 +221,8 @@ def _specialists(evaluation: dict[str, Any]) -> str:
 
 
 def _about(run: Run) -> str:
-    config = escape((run.path / "config.yaml").read_text(encoding="utf-8"))
+    values = public_rewards(run.config.model_dump(mode="json"))  # reports are handed around
+    config = escape(yaml.safe_dump(values, sort_keys=False))
     environment = run.path / "environment.json"
     machine = escape(environment.read_text(encoding="utf-8")) if environment.exists() else ""
     return (

@@ -51,8 +51,12 @@ class Reward:
     about: str = ""
     """One line for `marble list rewards`."""
     facts: Facts | None = None
+    origin: str = ""
+    """What the config called it: a registered name, `package.module:attribute`, or a URL."""
     settings: Mapping[str, Any] = MappingProxyType({})
     """As the config had them."""
+    prepared: bool = False
+    """Whether `prepare` has been called."""
     cached: bool = False
     """Whether evaluation may take a score from an earlier one of the same image and prompt; needs `revision`."""
 
@@ -106,17 +110,23 @@ class RewardTable:
 
     names: list[str]  # [K]
     scores: Tensor  # [N, K] float64
-    wanted: Tensor  # [N, K] bool: the reward can judge the image's prompt
+    applies: Tensor  # [N, K] bool: there is a score
+    judgeable: Tensor | None = None  # [N, K] bool: the reward can judge the image's prompt; as `applies`, if not given
+
+    @classmethod
+    def of(cls, names: Sequence[str], scores: Tensor, wanted: Tensor) -> RewardTable:
+        """A table in which what was `wanted` `[N, K]` and has no score is missing."""
+        return cls(list(names), scores, ~scores.isnan(), wanted)
 
     @property
-    def applies(self) -> Tensor:
-        """`[N, K]` bool: there is a score."""
-        return ~self.scores.isnan()
+    def wanted(self) -> Tensor:
+        """`[N, K]` bool: there should be a score."""
+        return self.applies if self.judgeable is None else self.judgeable
 
     @property
     def missing(self) -> Tensor:
         """`[K]` int64: images that a reward should have judged and gave no score for."""
-        return (self.wanted & self.scores.isnan()).sum(dim=0)
+        return (self.wanted & ~self.applies).sum(dim=0)
 
     def metrics(self) -> dict[str, Any]:
         """Mean score by reward (None if there is no score), and how many images each did not answer for, if any."""

@@ -54,6 +54,7 @@ class ScoreCache:
         """One for each image; of a groupwise reward also of all the others it was judged with."""
         kind = type(reward)
         what = [
+            getattr(reward, "origin", ""),
             kind.__module__,
             kind.__qualname__,
             reward.name,
@@ -65,7 +66,9 @@ class ScoreCache:
         each = []
         for image, record in zip(images, records, strict=True):
             one = own.copy()
-            one.update(json.dumps([list(image.shape), str(image.dtype), asdict(record)], sort_keys=True).encode())
+            one.update(
+                json.dumps([list(image.shape), str(image.dtype), asdict(record)], sort_keys=True, default=str).encode()
+            )
             one.update(image.contiguous().numpy().tobytes())
             each.append(one.digest())
         if not getattr(reward, "groupwise", False):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +13,13 @@ from torch import Tensor
 
 from marble.errors import MarbleError
 
-_CREWS: weakref.WeakKeyDictionary[Any, Crew] = weakref.WeakKeyDictionary()
-
 
 class Job:
     """One call of a reward: `work()` is done at some time, or given up on."""
 
     def __init__(self, work: Callable[[], Tensor]) -> None:
         """Not yet begun."""
-        self.work = work
+        self._work: Callable[[], Tensor] | None = work
         self.began: float | None = None  # seconds of time.perf_counter
         self.ended: float | None = None
         self.scores: Tensor | None = None
@@ -32,19 +29,21 @@ class Job:
 
     def run(self) -> None:
         """Do the work; whatever it raises is kept as a message."""
-        self.began = time.perf_counter()
+        self.began, work, self._work = time.perf_counter(), self._work, None  # it holds the pictures
+        if work is None:
+            return
         try:
-            self.scores = self.work()
+            self.scores = work()
         except MarbleError as error:
             self.error = str(error)
-        except Exception as error:  # a reward's mistake, whatever it is, must not end the run
+        except BaseException as error:  # a reward's mistake, whatever it is, must not end the run
             self.error = f"{type(error).__name__}: {error}"
         self.ended = time.perf_counter()
         self.done.set()
 
     def fail(self, reason: str) -> None:
         """End it without a score."""
-        self.error, self.given_up = reason, True
+        self.error, self.given_up, self._work = reason, True, None
         self.done.set()
 
 
@@ -65,7 +64,10 @@ class Crew:
     @classmethod
     def of(cls, reward: Any, workers: int) -> Crew:
         """The crew of `reward`: it remembers from batch to batch which calls have not come back."""
-        crew = _CREWS.setdefault(reward, cls(workers))
+        try:
+            crew = vars(reward).setdefault("_crew", cls(workers))
+        except TypeError:  # an object without a place for it
+            return cls(workers)
         crew.workers = workers
         return crew
 
@@ -76,7 +78,7 @@ class Crew:
                 job.fail("an earlier call has not come back")
                 return
             self._pending.append(job)
-            if self._busy - self._hanging < self.workers - self._hanging:
+            if self._busy < self.workers:
                 self._busy += 1
                 device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
                 threading.Thread(target=self._work, args=(device,), daemon=True).start()

@@ -18,7 +18,7 @@ from marble.rewards.judging import score_images
 
 
 def read_picture(path: Path) -> Tensor:
-    """`[3, H, W]` uint8 of an image file in any format and mode, upright; `[F, 3, H, W]` of an animation.
+    """`[3, H, W]` uint8 of an image in any format and mode, upright; `[F, 3, H, W]` of an animation (GIF, PNG, WebP).
 
     What is transparent is shown on white, as browsers do.
 
@@ -29,8 +29,9 @@ def read_picture(path: Path) -> Tensor:
         raise MarbleError(f'"{path}" does not exist' if not path.exists() else f'"{path}" is a folder, not an image')
     try:
         with Image.open(path) as image:
+            moves = image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False)
             frames = []
-            for at in range(getattr(image, "n_frames", 1)):
+            for at in range(image.n_frames if moves else 1):  # type: ignore[attr-defined]
                 image.seek(at)
                 frames.append(_colours(image))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -58,7 +59,7 @@ def score_pictures(rewards: Sequence[Reward], pictures: Sequence[Tensor], record
         groups = torch.tensor([distinct.index(record) for record in some])
         table = score_images(rewards, torch.stack([pictures[i] for i in rows]).float() / 255, some, groups)
         scores[rows], wanted[rows] = table.scores, table.wanted
-    return RewardTable([reward.name for reward in rewards], scores, wanted)
+    return RewardTable.of([reward.name for reward in rewards], scores, wanted)
 
 
 def _colours(image: Image.Image) -> Tensor:

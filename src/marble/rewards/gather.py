@@ -15,4 +15,4 @@ def gather_table(table: RewardTable, own: range, count: int) -> RewardTable:
         count: N images in all.
     """
     scores, wanted = (gather_rows(rows, own, count) for rows in (table.scores, table.wanted))
-    return RewardTable(table.names, scores, wanted)
+    return RewardTable.of(table.names, scores, wanted)

@@ -1,8 +1,14 @@
-"""Asking servers over HTTP: connections that are kept, tries again after growing pauses, errors that say what to do."""
+"""Asking servers over HTTP: connections that are kept, tries again after growing pauses, errors that say what to do.
+
+A server that cannot be reached or fails is tried again `retries` times. One that says it is busy lives: it is asked
+again until the time is over. One that has taken a question and not answered in time may still be at work on it, so it
+is not sent the same again.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import random
 import time
 import weakref
@@ -13,12 +19,16 @@ import httpx
 
 from marble.errors import MarbleError
 
+log = logging.getLogger("marble")
+
 CONNECT = 5.0
 """Seconds that a connection may take."""
 PAUSE = 0.5
 """Seconds before the second try, about; doubled for each further one."""
 LONGEST_PAUSE = 30.0
 """Seconds that a server's Retry-After is followed."""
+LONGEST_OWN_PAUSE = 8.0
+"""Seconds between two questions to a busy server, about, if it does not ask for more."""
 REST = 10.0
 """Seconds for which servers that never answered are not asked again, so that what waits fails at once."""
 
@@ -30,12 +40,22 @@ class RefusedError(MarbleError):
 
 
 class UnansweredError(MarbleError):
-    """No answer, or none for now; `pause` is what the server asks for, `silent` whether nothing came at all."""
+    """No answer, or none for now."""
 
-    def __init__(self, message: str, *, pause: float = 0.0, silent: bool = False) -> None:
-        """Worth another try."""
+    def __init__(
+        self, message: str, *, busy: bool = False, pause: float = 0.0, silent: bool = False, taken: bool = False
+    ) -> None:
+        """Worth another try.
+
+        Args:
+            message: for the user.
+            busy: the server lives and asks to come again.
+            pause: after how many seconds.
+            silent: nothing came at all.
+            taken: the server may still be working on an answer.
+        """
         super().__init__(message)
-        self.pause, self.silent = pause, silent
+        self.busy, self.pause, self.silent, self.taken = busy, pause, silent, taken
 
 
 class Server:
@@ -69,6 +89,10 @@ class Server:
         headers = {} if content is None else {"Content-Type": "application/json"}
         try:
             return self._client.request(method, self.url + path, content=content, headers=headers, timeout=timeout)
+        except httpx.ReadTimeout as error:  # the question is there
+            raise UnansweredError(
+                f"{self.url} did not answer within {seconds:.3g} s, and may still be at work", silent=True, taken=True
+            ) from error
         except httpx.RequestError as error:
             text = str(error) or "no answer in time"
             raise UnansweredError(f"{self.url} does not answer: {type(error).__name__}: {text}", silent=True) from error
@@ -83,10 +107,10 @@ def ask(
     read: Callable[[httpx.Response], Answer],
     retries: int,
     within: float,
-    answer_within: float,
+    answer_within: float | None = None,
     advice: Mapping[int, str] | None = None,
 ) -> Answer:
-    """Ask one server after the other until one answers, then all of them again, up to `retries` times.
+    """Ask one server after the other until one answers, then those again whose pause is over.
 
     Args:
         servers: in the order to ask; those that failed lately come last.
@@ -94,9 +118,10 @@ def ask(
         path: after the base URL.
         content: the body, JSON.
         read: makes something of an answer of status 200; its `RefusedError` means that this server is not asked again.
-        retries: rounds after the first.
+        retries: how often a server is asked again that could not be reached or failed. Being busy (429 or 503 with
+            Retry-After) does not count.
         within: seconds in all.
-        answer_within: seconds that one answer may take.
+        answer_within: seconds that one answer may take; what is left of `within`, if not given.
         advice: what to add to the message of a refusal, by status.
 
     Raises:
@@ -106,30 +131,45 @@ def ask(
     if all(server.rests_until > time.monotonic() for server in servers):
         raise UnansweredError(servers[0].reason, silent=True)
     left = sorted(servers, key=lambda server: time.monotonic() - server.failed < REST if server.failed else False)
+    until = dict.fromkeys(left, 0.0)  # of time.monotonic: not asked before
+    failures, waits = dict.fromkeys(left, 0), dict.fromkeys(left, 0)
+    silent: set[Server] = set()
     problem: MarbleError = UnansweredError(f"{servers[0].url} was not asked")
-    for turn in range(1 + retries):
-        pause = PAUSE * 2**turn * random.uniform(0.5, 1.5)
-        for server in list(left):
+    while left:
+        ready = [server for server in left if until[server] <= time.monotonic()]
+        if not ready:
+            wake = min(until[server] for server in left)
+            if wake >= deadline:
+                break
+            time.sleep(max(0.0, wake - time.monotonic()))
+        for server in ready:
             remaining = max(deadline - time.monotonic(), 0.001)
             try:
-                response = server.send(method, path, content, min(answer_within, remaining), remaining)
+                response = server.send(method, path, content, min(answer_within or remaining, remaining), remaining)
                 _check_status(server.url, path, response, advice or {})
                 answer = read(response)
             except RefusedError as error:
-                problem = error
+                problem, server.failed = error, time.monotonic()
                 left.remove(server)
-                continue
             except UnansweredError as error:
-                problem, server.failed, server.reason = error, time.monotonic(), str(error)
-                pause = max(pause, error.pause)
-                continue
-            server.failed = server.rests_until = 0.0
-            return answer
-        if not left or turn == retries or time.monotonic() + pause >= deadline:
-            break
-        time.sleep(pause)
+                problem, now = error, time.monotonic()
+                jitter = random.uniform(0.5, 1.5)
+                if error.busy:
+                    own = min(PAUSE * 2 ** min(waits[server], 10), LONGEST_OWN_PAUSE, (deadline - now) / 2) * jitter
+                    until[server] = now + max(own, error.pause * random.uniform(1, 1.2))
+                    waits[server] += 1
+                    continue
+                until[server] = now + PAUSE * 2 ** failures[server] * jitter
+                failures[server] += 1
+                server.failed, server.reason = now, str(error)
+                (silent.add if error.silent else silent.discard)(server)
+                if error.taken or failures[server] > retries:
+                    left.remove(server)
+            else:
+                server.failed = server.rests_until = 0.0
+                return answer
     if isinstance(problem, UnansweredError) and problem.silent:
-        for server in left:
+        for server in silent:
             server.rests_until = time.monotonic() + REST
     raise problem
 
@@ -140,7 +180,8 @@ def _check_status(url: str, path: str, response: httpx.Response, advice: Mapping
         return
     message = f"{url}{path} answered {status}: {_reason(response)}{advice.get(status, '')}"
     if status == 429 or status >= 500:
-        raise UnansweredError(message, pause=_retry_after(response))
+        busy = status in (429, 503) and "Retry-After" in response.headers
+        raise UnansweredError(message, busy=busy, pause=_retry_after(response), taken=status == 504)
     raise RefusedError(message)
 
 
@@ -192,3 +233,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+_warned: set[str] = set()
+
+
+def warn_if_open(url: str, secret: str | None, variable: str | None) -> None:
+    """Warn, once a host, if a secret from the environment `variable` would travel to it unencrypted."""
+    parsed = httpx.URL(url)
+    if secret and parsed.scheme == "http" and not is_loopback(parsed.host) and parsed.host not in _warned:
+        _warned.add(parsed.host)
+        log.warning(
+            "%s: what it holds and all images travel to %s unencrypted; use https or a tunnel", variable, parsed.host
+        )

@@ -98,8 +98,9 @@ class Judging:
             _warn(reward.name, failed, int(self.wanted[:, k].sum()))
             self.seconds[reward.name] = sum(job.ended - job.began for job in own if job.ended and job.began)
             jobs += own if k in beside else []
+        self._bytes, self._floats = [], []  # the judging outlives them
         self.hidden = _covered([(job.began, min(job.ended, sampled)) for job in jobs if job.ended and job.began])
-        return RewardTable([reward.name for reward in self.rewards], scores, self.wanted)
+        return RewardTable.of([reward.name for reward in self.rewards], scores, self.wanted)
 
     def times(self) -> dict[str, Any]:
         """Seconds of work of each reward, and of the sampling during which some was done."""

@@ -21,6 +21,7 @@ from marble.rewards.base import Facts, Reward
 
 COMMON: dict[str, Any] = {"name": str, "batch": int, "workers": int, "timeout": float}
 """Settings that every reward has, and their types."""
+_MOST = {"batch": 100_000, "workers": 64, "timeout": 1_000_000}
 
 
 class FunctionReward(Reward):
@@ -75,12 +76,16 @@ def make_reward(use: RewardUse) -> Reward:
         raise MarbleError(
             f'reward "{use.reward}" is no reward: it has no {", ".join(missing)}; derive it from marble.Reward'
         )
-    reward.settings = dict(use.settings)
+    reward.origin, reward.settings = use.reward, dict(use.settings)
     for name, kind in COMMON.items():
         if name in use.settings:
             value = _converted(use.reward, name, kind, use.settings[name])
-            if name != "name" and (value < 0 or (value == 0 and name != "workers")):
-                raise MarbleError(f'reward "{use.reward}": settings.{name} must be positive, got {value}')
+            if name != "name" and not (0 < value <= _MOST[name] or (value == 0 and name == "workers")):
+                raise MarbleError(
+                    f'reward "{use.reward}": settings.{name} must be positive and at most {_MOST[name]}, got {value}'
+                )
+            if value == "":
+                raise MarbleError(f'reward "{use.reward}": settings.name must not be empty')
             setattr(reward, name, value)
     return reward
 
@@ -113,12 +118,14 @@ def check_rewards(rewards: Sequence[Reward]) -> None:
 
 
 def prepare_rewards(rewards: Sequence[Reward]) -> None:
-    """Let every reward load what scoring needs, those on the same weights once.
+    """Let every reward load what scoring needs, once, and those on the same weights together.
 
     Raises:
         MarbleError: lists all that cannot.
     """
-    _ask_all(rewards, "prepare")
+    _ask_all([reward for reward in rewards if not getattr(reward, "prepared", False)], "prepare")
+    for reward in rewards:
+        reward.prepared = True
 
 
 def _ask_all(rewards: Sequence[Reward], method: str) -> None:
@@ -136,10 +143,16 @@ def _ask_all(rewards: Sequence[Reward], method: str) -> None:
 
 def _local(target: Any, settings: dict[str, Any], what: str) -> Any:
     if isinstance(target, type):
-        return target(**_checked(target, settings, what))
+        try:
+            return target(**_checked(target, settings, what))
+        except (MarbleError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # somebody else's code
+            raise MarbleError(f'reward "{what}" cannot be made: {type(error).__name__}: {error}') from error
     if inspect.isfunction(target):
         parameters = inspect.signature(target).parameters.values()
-        given = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+        places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        given = sum(p.default is p.empty or p.name == "records" for p in places)
         if given not in (1, 2):
             raise MarbleError(
                 f'reward "{what}" is no reward: a function takes (images) or (images, records), and settings with '

@@ -32,8 +32,8 @@ class OCR(Reward):
     letters). d is 0 if all that was read, joined in reading order, contains the text. The text is `targets["text"]`, or
     the first span of the prompt in double quotes.
 
-    Where nothing but lone characters is read, or two round ones (a ring is read as O, a bar as I, two discs as 80), they
-    count only if they make up the whole text: a picture without text earns nothing.
+    Where nothing but lone characters is read, or two round ones (a ring is read as O, a bar as I, two discs as 80),
+    they count only if they make up the whole text: a picture without text earns nothing.
 
     Source: Flow-GRPO's OCR reward (Liu et al. 2025, `flow_grpo/ocr.py`), with RapidOCR in place of PaddleOCR's English
     models; NFKC, a least confidence and the last rule are ours.

@@ -16,7 +16,7 @@ from torch import Tensor
 from marble.errors import MarbleError
 from marble.prompts import Record
 from marble.rewards.base import Facts
-from marble.rewards.geneval.logic import Verdict, Wanted
+from marble.rewards.geneval.logic import Verdict, Asked
 from marble.rewards.geneval.referee import Referee, Rules, find_referee
 from marble.rewards.model import Dtype, ModelReward
 
@@ -102,7 +102,7 @@ class _GenEval(ModelReward):
 
     def applies(self, record: Record) -> bool:
         """Only where objects and colours that GenEval knows are asked for."""
-        return Wanted.of(record.targets) is not None
+        return Asked.of(record.targets) is not None
 
     def load(self) -> Referee:
         """The referee that all three scores of these settings share.

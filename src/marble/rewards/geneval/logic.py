@@ -27,7 +27,7 @@ class Clause:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Asked:
     """What a prompt asks for."""
 
     objects: tuple[Clause, ...]
@@ -38,7 +38,7 @@ class Wanted:
     counting: bool = False
 
     @classmethod
-    def of(cls, targets: Mapping[str, Any]) -> Wanted | None:
+    def of(cls, targets: Mapping[str, Any]) -> Asked | None:
         """What a record's targets ask for; none if they are not of the form or ask for what GenEval does not know."""
         objects, exclude = _clauses(targets.get("objects")), _clauses(targets.get("exclude", []))
         relation = targets.get("relation")
@@ -82,7 +82,7 @@ class Verdict:
     """The same with the slip of the published code."""
 
 
-def decide(wanted: Wanted, found: Mapping[str, Sequence[Found]], margin: float) -> Verdict:
+def decide(wanted: Asked, found: Mapping[str, Sequence[Found]], margin: float) -> Verdict:
     """Judge one image.
 
     Args:
@@ -102,7 +102,7 @@ def decide(wanted: Wanted, found: Mapping[str, Sequence[Found]], margin: float) 
     )
 
 
-def _right(wanted: Wanted, found: Mapping[str, Sequence[Found]], margin: float) -> bool:
+def _right(wanted: Asked, found: Mapping[str, Sequence[Found]], margin: float) -> bool:
     """Accuracy: of each class the best `count` alone are looked at."""
     groups: dict[int, Sequence[Found]] = {}
     for i in wanted.order:
@@ -118,7 +118,7 @@ def _right(wanted: Wanted, found: Mapping[str, Sequence[Found]], margin: float) 
     return not any(len(found.get(clause.name, ())) >= clause.count for clause in wanted.exclude)
 
 
-def _partial(wanted: Wanted, found: Mapping[str, Sequence[Found]], margin: float) -> tuple[bool, list[float], int]:
+def _partial(wanted: Asked, found: Mapping[str, Sequence[Found]], margin: float) -> tuple[bool, list[float], int]:
     """Whether it is strictly right, the terms of partial credit, and wrong positions; all that was found counts."""
     terms: list[float] = []
     groups: dict[int, Sequence[Found]] = {}

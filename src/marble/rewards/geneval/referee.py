@@ -17,7 +17,7 @@ from marble.prompts import Record
 from marble.rewards.clip import load_clip
 from marble.rewards.geneval.colours import ColourNamer, cut_out
 from marble.rewards.geneval.detector import Detection, Detector, load_detector
-from marble.rewards.geneval.logic import Found, Verdict, Wanted, decide
+from marble.rewards.geneval.logic import Found, Verdict, Asked, decide
 
 REMEMBERED = 4096
 """Calls whose verdicts are kept."""
@@ -55,9 +55,9 @@ class Referee:
 
         Args:
             images: `[N, 3, H, W]` uint8, on the networks' device.
-            records: `[N]`, with targets that `Wanted.of` can read.
+            records: `[N]`, with targets that `Asked.of` can read.
         """
-        wanted = [Wanted.of(record.targets) for record in records]
+        wanted = [Asked.of(record.targets) for record in records]
         assert all(wanted)
         key = hashlib.sha256(json.dumps([list(images.shape), *map(repr, wanted)]).encode())
         key.update(images.cpu().contiguous().numpy().tobytes())
@@ -70,7 +70,7 @@ class Referee:
                     self._memory.popitem(last=False)
             return known
 
-    def _look(self, images: Tensor, wanted: Sequence[Wanted]) -> list[Verdict]:
+    def _look(self, images: Tensor, wanted: Sequence[Asked]) -> list[Verdict]:
         self.looked_at += len(images)
         rules = self.rules
         least = min(rules.threshold, rules.counting_threshold)
@@ -88,7 +88,7 @@ class Referee:
             for of_class, one in zip(found, wanted, strict=True)
         ]
 
-    def _counted(self, detections: Sequence[Detection], wanted: Wanted) -> dict[str, list[Detection]]:
+    def _counted(self, detections: Sequence[Detection], wanted: Asked) -> dict[str, list[Detection]]:
         """Of each class those that count as found, best first."""
         least = self.rules.counting_threshold if wanted.counting else self.rules.threshold
         found: dict[str, list[Detection]] = {}
@@ -99,7 +99,7 @@ class Referee:
         return found
 
     def _colours(
-        self, images: Tensor, found: Sequence[dict[str, list[Detection]]], wanted: Sequence[Wanted]
+        self, images: Tensor, found: Sequence[dict[str, list[Detection]]], wanted: Sequence[Asked]
     ) -> dict[int, str]:
         """The colours that have to be known, by the detection's `id`, all images' in one go."""
         asked: dict[int, Detection] = {}
