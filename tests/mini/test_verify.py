@@ -4,8 +4,9 @@ import torch
 
 from marble.mini.pairs import blur, noise, wash
 from marble.mini.render import render
-from marble.mini.verify import ThingFinder, WordReader, edit_distance
+from marble.mini.verify import ThingFinder, WordReader
 from marble.mini.world import MINI, Spec, Thing
+from marble.rewards.ocr import edit_distance
 
 
 def stack(pictures):

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marble.mini.judges import CaptionIds, Judge, load_judge
-from marble.mini.verify import Found, ThingFinder, WordReader, edit_distance
+from marble.mini.verify import Found, ThingFinder, WordReader
 from marble.mini.world import MINI, World
 from marble.prompts import Record
 from marble.rewards import Reward
+from marble.rewards.ocr import edit_distance
 
 GENERAL = 0.045
 """Full marks of the general rewards, of which the specialists' are 1."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from marble.errors import MarbleError
 from marble.prompts import Record
 from marble.rewards.base import Facts
-from marble.rewards.geneval.logic import Verdict, Asked
+from marble.rewards.geneval.logic import Asked, Verdict
 from marble.rewards.geneval.referee import Referee, Rules, find_referee
 from marble.rewards.model import Dtype, ModelReward
 

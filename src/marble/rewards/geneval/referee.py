@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from marble.prompts import Record
 from marble.rewards.clip import load_clip
 from marble.rewards.geneval.colours import ColourNamer, cut_out
 from marble.rewards.geneval.detector import Detection, Detector, load_detector
-from marble.rewards.geneval.logic import Found, Verdict, Asked, decide
+from marble.rewards.geneval.logic import Asked, Found, Verdict, decide
 
 REMEMBERED = 4096
 """Calls whose verdicts are kept."""
 
 _LOADING = threading.Lock()
+_REFEREES: dict[tuple[Any, ...], Referee] = {}
 
 
 @dataclass(frozen=True)
@@ -117,22 +118,6 @@ class Referee:
         return dict(zip(asked, named, strict=True))
 
 
-@functools.cache
-def _referee(
-    detector: str,
-    detector_revision: str | None,
-    clip: str,
-    clip_revision: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    sides: tuple[int, int],
-    rules: Rules,
-) -> Referee:
-    eyes = load_detector(detector, detector_revision, device, sides)
-    colours = load_clip(clip, clip_revision, device, dtype, name="rewards: geneval: settings.clip")
-    return Referee(eyes, ColourNamer(colours), rules, f"{eyes.revision} + {colours.revision}")
-
-
 def find_referee(
     detector: str,
     detector_revision: str | None,
@@ -159,5 +144,11 @@ def find_referee(
     Raises:
         MarbleError: a network cannot be had, or does not fit.
     """
+    key = (detector, detector_revision, clip, clip_revision, device, dtype, sides, rules)
     with _LOADING:  # two threads would load twice, and then not share
-        return _referee(detector, detector_revision, clip, clip_revision, device, dtype, sides, rules)
+        if key not in _REFEREES:
+            eyes = load_detector(detector, detector_revision, device, sides)
+            colours = load_clip(clip, clip_revision, device, dtype, name="rewards: geneval: settings.clip")
+            revision = f"{eyes.revision} + {colours.revision}"
+            _REFEREES[key] = Referee(eyes, ColourNamer(colours), rules, revision)
+        return _REFEREES[key]
