@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from marble.gradients import PerRewardGradients, reference_gradients
     from marble.objectives import AffineLoss, awm_loss, nft_loss, ppo_loss
     from marble.policy import Policy
+    from marble.prompts import Record
     from marble.rewards import Reward
     from marble.run import Run
     from marble.training import train
@@ -30,6 +31,7 @@ _HOMES = {
     "MarbleError": "marble.errors",
     "PerRewardGradients": "marble.gradients",
     "Policy": "marble.policy",
+    "Record": "marble.prompts",
     "Reward": "marble.rewards",
     "Run": "marble.run",
     "awm_loss": "marble.objectives",
@@ -49,6 +51,7 @@ __all__ = [
     "MarbleError",
     "PerRewardGradients",
     "Policy",
+    "Record",
     "Reward",
     "Run",
     "awm_loss",
@@ -68,3 +71,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'marble' has no attribute {name!r}")
     globals()[name] = value = getattr(importlib.import_module(_HOMES[name]), name)
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -58,12 +58,12 @@ def resolve(kind: str, name: str) -> Any:
     """
     check(kind, name)
     registered = known(kind)
-    if name in registered:
-        return registered[name].load()
-    module_name, attribute = name.split(":", 1)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
+        if name in registered:
+            return registered[name].load()
+        module_name, attribute = name.split(":", 1)
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise MarbleError(f'cannot load {kind} "{name}": {error}') from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +56,19 @@ def check_config(config: Config, fetch: bool = True) -> list[str]:
     Raises:
         MarbleError: names that cannot be found, a model that is not there, prompts or rewards that do not fit.
     """
-    check_names(config)
-    model_path(config.model.id)
-    rewards = load_rewards([*config.rewards, *config.held_out_rewards])
-    check_rewards(rewards)
+    problems: list[str] = []
+    with _noted(problems):
+        check_names(config)
+    if not problems:
+        with _noted(problems):
+            rewards = load_rewards([*config.rewards, *config.held_out_rewards])
+            check_rewards(rewards)
+        with _noted(problems):
+            load_mixture([source for source in config.prompts if fetch or not needs_download(source)])
+    with _noted(problems):
+        model_path(config.model.id)
+    if problems:
+        raise MarbleError("\n".join(problems))
     stop = config.evaluation.early_stop
     kept = {reward.name: reward for reward in rewards[len(config.rewards) :]}
     if stop is not None and stop not in kept:
@@ -73,6 +83,15 @@ def check_config(config: Config, fetch: bool = True) -> list[str]:
         if stop is not None:
             check_applies([kept[stop]], chosen[: tracked(config)], "tracked held-out prompt")
     return passed_over
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Go on after a mistake, to find them all."""
+    try:
+        yield
+    except MarbleError as error:
+        problems.append(str(error))
 
 
 def check_processes(config: Config) -> None:

@@ -77,7 +77,7 @@ def test_rewards_that_need_no_prompt(pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rewards", "mini-alignment"), "--prompt: alignment judge an image by its prompt, got none for"),
+        (("--rewards", "mini-alignment"), "--prompt: needed by alignment, got none for"),
         (("--rewards", "mini-alignment", "--prompt", "a", "b", "c"), "give one for all images or one for each of 2"),
         (("--rewards", "sharpnes", "--prompt", "a"), 'Did you mean "sharpness"?'),
         (("--rewards", "sharpness", "--targets", "{"), "--targets: is not JSON"),

@@ -67,7 +67,7 @@ def test_tokenizer_and_preprocessing_from_elsewhere(folder, tmp_path):
             for file in folder.glob(name):
                 shutil.copy(file, place)
     assert torch.equal(PickScore(source=str(bare), processor=str(other)).score(images, RECORDS), expected)
-    with pytest.raises(MarbleError, match=r'pickscore: settings.source: ".*bare/preprocessor_config.json" does not'):
+    with pytest.raises(MarbleError, match=r'settings.source: ".*bare/preprocessor_config.json" does not'):
         PickScore(source=str(bare)).prepare()
 
 
@@ -134,7 +134,7 @@ def test_preprocessing_that_cannot_be_done(change, folder):
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(
-        MarbleError, match=r'clipscore: settings.source: ".*config.json" does not say what a CLIP needs'
+        MarbleError, match=r'settings.source: ".*config.json" does not say what a CLIP needs'
     ):
         CLIPScore(source=str(folder)).prepare()
 
@@ -154,10 +154,10 @@ def test_older_configs_end_texts_at_the_highest_token(folder, tmp_path):
 def test_missing_weights(source):
     own = f"settings.source: .*{re.escape(source.removeprefix('./'))}"
     for reward in (PickScore(source=source), CLIPScore(source=source), HPSv21(source=source)):
-        with pytest.raises(MarbleError, match=f"rewards: {reward.name}: {own}") as caught:
+        with pytest.raises(MarbleError, match=own) as caught:
             reward.prepare()
         assert "\n" not in str(caught.value)
-    with pytest.raises(MarbleError, match=r"rewards: diversity: settings.encoder: "):
+    with pytest.raises(MarbleError, match=r"settings.encoder: "):
         Diversity(encoder=source).prepare()
 
 
@@ -171,7 +171,7 @@ def test_weights_that_do_not_fit(folder):
     with pytest.raises(MarbleError, match=r"1 missing: logit_scale; 1 unexpected: extra.weight"):
         CLIPScore(source=str(folder)).prepare()
     save_file({**state, "logit_scale": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(MarbleError, match=r"clipscore: settings.source: .* 1 of another shape: logit_scale"):
+    with pytest.raises(MarbleError, match=r"settings.source: .* 1 of another shape: logit_scale"):
         CLIPScore(source=str(folder)).prepare()
 
 
@@ -197,24 +197,24 @@ def test_a_pickle_with_code_is_refused(folder, tmp_path, monkeypatch):
         torch.save({"state_dict": Bomb()}, tmp_path / place)
     (folder / "model.safetensors").unlink()
     torch.save({"logit_scale": Bomb()}, folder / "pytorch_model.bin")
-    with pytest.raises(MarbleError, match=r"hpsv21: settings.source: .*cannot be read as weights alone"):
+    with pytest.raises(MarbleError, match=r"settings.source: .*cannot be read as weights alone"):
         HPSv21(source=str(tmp_path), processor=str(folder)).prepare()
-    with pytest.raises(MarbleError, match=r"pickscore: settings.source: cannot load"):
+    with pytest.raises(MarbleError, match=r"settings.source: cannot load"):
         PickScore(source=str(folder)).prepare()
     clips.save_clip(tmp_path / "sound")
-    with pytest.raises(MarbleError, match=r"aesthetic: settings.head: .*cannot be read as weights alone"):
+    with pytest.raises(MarbleError, match=r"settings.head: .*cannot be read as weights alone"):
         Aesthetic(source=str(tmp_path / "sound"), head="head.pth").prepare()
     assert not (tmp_path / "exploded").exists()
     with (tmp_path / "plain.pkl").open("wb") as file:
         pickle.dump(clips.head_state(), file)
-    with pytest.raises(MarbleError, match=r"aesthetic: settings.head: "):
+    with pytest.raises(MarbleError, match=r"settings.head: "):
         Aesthetic(source=str(tmp_path / "sound"), head=str(tmp_path / "plain.pkl")).prepare()
 
 
 def test_heads_that_do_not_fit(folder, tmp_path):
     def reason(state):
         torch.save(state, file := tmp_path / f"{len(list(tmp_path.iterdir()))}.pth")
-        with pytest.raises(MarbleError, match=r"rewards: aesthetic: settings.head: ") as caught:
+        with pytest.raises(MarbleError, match=r"settings.head: ") as caught:
             Aesthetic(source=str(folder), head=str(file)).prepare()
         return str(caught.value)
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from marble.prompts.coco import targets_of
-from marble.rewards.geneval.logic import Found, Asked, decide, relations
+from marble.rewards.geneval.logic import Asked, Found, decide, relations
 
 LEFT, RIGHT, FAR = (0, 0, 10, 10), (40, 0, 50, 10), (80, 0, 90, 10)
 SINGLE = {"task": "single_object", "objects": [{"name": "bench", "count": 1}]}

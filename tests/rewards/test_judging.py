@@ -186,6 +186,32 @@ def test_what_a_reward_raises_ends_no_thread():
         assert time.perf_counter() - began < 10
 
 
+def test_a_failure_is_told_of_once_and_when_it_is_over(caplog):
+    class Flaky(Recorder):
+        name, why = "flaky", "one"
+
+        def score(self, images, records):
+            if self.why:
+                raise ValueError(self.why)
+            return super().score(images, records)
+
+    reward = Flaky()
+    for why in ("one", "one", "two", "two", "one", "", "", "one"):
+        reward.why = why
+        score_images([reward], pictures(2), [RED] * 2, torch.zeros(2))
+    told = [record.getMessage().removeprefix("reward flaky: ") for record in caplog.records]
+    one, two = (f"no score for 2 of 2 images: ValueError: {why}" for why in ("one", "two"))
+    assert told == [one, two, one, "answers again", one]
+
+
+def test_one_column_of_scores_will_do():
+    class Column(Recorder):
+        def score(self, images, records):
+            return super().score(images, records)[:, None]
+
+    assert score_images([Column()], pictures(2), [RED] * 2, torch.zeros(2)).scores.tolist() == [[0], [1]]
+
+
 def test_rewards_that_cannot_be_hashed_or_hold_nothing():
     @dataclass
     class Data(Recorder):

@@ -6,7 +6,7 @@ import torch
 from marble import MarbleError, Reward
 from marble.config import RewardUse, check_names, make_config
 from marble.prompts import Record
-from marble.rewards import check_rewards, make_reward, prepare_rewards, score_images
+from marble.rewards import check_rewards, load_rewards, make_reward, prepare_rewards, score_images
 
 RECORDS = [Record("a", "s"), Record("bb", "s")]
 IMAGES = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 2, 2)
@@ -51,6 +51,11 @@ class Refusing(Scaled):
         raise ValueError("not today")
 
 
+class Nameless(Reward):
+    def score(self, images, records):
+        return torch.zeros(len(images))
+
+
 def guessing(images, records=None, *, times: float = 1.0):
     return torch.full((len(images),), -1.0 if records is None else times * len(records))
 
@@ -89,6 +94,22 @@ def test_settings_are_what_a_config_can_hold(settings):
         make_config(
             {"prompts": ["x"], "rewards": [{"reward": "a", "settings": settings}]} | {"prompts": [{"source": "x"}]}
         )
+
+
+def test_all_that_is_wrong_with_settings_is_said_at_once():
+    wrong = use("Scaled", fctor=2, batch=-1, timeout="soon", kind=3)
+    with pytest.raises(MarbleError) as caught:
+        load_rewards([wrong, "nowhere", use("Scaled", factor=True)])
+    text = str(caught.value)
+    for part in ("batch must be positive", "timeout: input should be", '"fctor". Did you mean "factor"', "kind: input"):
+        assert part in text
+    assert "settings.factor is required" in text
+    assert 'unknown reward "nowhere"' in text
+    assert "settings.factor: input should be a number, got True" in text
+
+
+def test_a_class_without_a_name_has_its_own():
+    assert make_reward(use("Nameless")).name == "Nameless"
 
 
 def test_two_of_a_kind_are_told_apart_by_name():

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     name, rest = argv[0], argv[1:]
     for library in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(library, "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a kernel for CPUs that nobody asked for
+    for library in ("bitsandbytes", "huggingface_hub"):  # of a kernel that nobody asked for; of each of its retries
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         if name not in COMMANDS:
             raise MarbleError(f'unknown command "{name}".{nearest(name, COMMANDS)} Known: {", ".join(COMMANDS)}')

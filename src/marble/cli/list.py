@@ -86,7 +86,11 @@ def _rows(what: str) -> dict[str, str]:
     kind = {"models": "model", "prompts": "prompt source"}[what]
     rows = {}
     for name, point in known(kind).items():
-        target = point.load()
+        try:
+            target = point.load()
+        except Exception as error:  # another package's code: the others are shown
+            rows[name] = f"cannot be loaded: {type(error).__name__}: {error}"
+            continue
         text = getattr(target, "about", "") or (target.__doc__ or "").strip()
         rows[name] = text.splitlines()[0] if text else ""
     return rows

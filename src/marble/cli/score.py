@@ -43,9 +43,9 @@ def run(argv: list[str]) -> int:
 
     rewards = load_rewards(uses_of(args.rewards, args.settings))
     files = _files(args.images)
+    check_rewards(rewards)
     records = _records(args, files, [reward.name for reward in rewards if getattr(reward, "needs_prompt", True)])
     pictures = _pictures(files)
-    check_rewards(rewards)
     prepare_rewards(rewards)
     from marble.rewards.files import score_pictures
 
@@ -110,7 +110,7 @@ def _records(args: Score, files: list[Path], need_prompts: list[str]) -> list[An
         raise MarbleError(f"--prompt: give one for all images or one for each of {len(files)}, got {len(prompts)}")
     if None in prompts and need_prompts:
         which = files[prompts.index(None)]
-        raise MarbleError(f'--prompt: {", ".join(need_prompts)} judge an image by its prompt, got none for "{which}"')
+        raise MarbleError(f'--prompt: needed by {", ".join(need_prompts)}, got none for "{which}"')
     return [Record(prompt or "", "command line", targets) for prompt in prompts]
 
 
@@ -136,4 +136,5 @@ def _show(files: list[Path], names: list[str], rows: list[list[float | None]], m
             table.add_column(escape(heading), justify="right", no_wrap=True)
     for label, row in [*zip(map(str, files), rows, strict=True), *([("mean", means)] if len(files) > 1 else [])]:
         table.add_row(escape(label), *("–" if score is None else f"{score:.4f}" for score in row))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=10_000)).print(table)  # a file has no edge

@@ -13,6 +13,8 @@ import tyro
 class Validate:
     """Check a config whole: settings, names, files, prompts and rewards. Loads no model and downloads nothing.
 
+    Settings may follow as for marble train: --optimizer.lr 1e-4.
+
     example: marble validate my.yaml
     """
 
@@ -24,11 +26,12 @@ class Validate:
 
 def run(argv: list[str]) -> int:
     """The command."""
-    args = tyro.cli(Validate, args=argv, prog="marble validate")
+    args, changes = tyro.cli(Validate, args=argv, prog="marble validate", return_unknown_args=True)
+    from marble.cli.settings import override
     from marble.config import make_config, read_config
     from marble.setup import check_config
 
-    config = make_config(read_config(args.config), str(args.config))
+    config = make_config(override(read_config(args.config), changes), str(args.config))
     unseen = check_config(config, fetch=False)
     if args.json:
         print(json.dumps(config.model_dump(mode="json")))

@@ -17,5 +17,5 @@ class Record:
     """
 
     text: str
-    source: str
+    source: str = ""
     targets: dict[str, Any] = field(default_factory=dict, hash=False)

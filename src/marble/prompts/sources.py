@@ -8,6 +8,7 @@ import logging
 import string
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from marble.config import PromptSource
@@ -41,7 +42,7 @@ def load_source(source: str | PromptSource, split: str) -> list[Record]:
     """
     use = PromptSource(source=source) if isinstance(source, str) else source
     loaded = _loaded(use)
-    records = list(loaded[split == "held-out"] if loaded else resolve("prompt source", use.source)(split))
+    records = list(loaded[split == "held-out"] if loaded else _generated(use.source, split))
     if not records:
         raise MarbleError(f'prompt source "{use.source}" has no prompts in its {split} split')
     return records
@@ -53,8 +54,11 @@ def load_mixture(sources: Sequence[PromptSource]) -> tuple[list[list[Record]], l
     Raises:
         MarbleError: as `load_source`, or nothing is left of a source to train on.
     """
-    held_out = [load_source(source, "held-out") for source in sources]
-    kept = {same_as(record.text) for records in held_out for record in records}
+    held_out, kept = [], set[str]()
+    for source in sources:  # one prompt of two sources is held out once: evaluated twice it would count as two
+        records = load_source(source, "held-out")
+        held_out.append([record for record in records if same_as(record.text) not in kept])
+        kept |= {same_as(record.text) for record in records}
     train = []
     for source in sources:
         train.append([r for r in load_source(source, "train") if same_as(r.text) not in kept])
@@ -136,10 +140,33 @@ def _from_data_set(data: DataSet, name: str, safe: bool, stamp: object) -> Divid
     return _filtered((tuple(train.values()), tuple(held_out.values())), name, safe)
 
 
+def _generated(source: str, split: str) -> list[Record]:
+    """What a registered generator or a function of the user's gives for a split."""
+    try:
+        given = list(resolve("prompt source", source)(split))
+        made = [
+            Record(each) if isinstance(each, str) else each if isinstance(each, Record) else record_of(each, "")
+            for each in given
+        ]
+    except MarbleError:
+        raise
+    except Exception as error:  # somebody else's code
+        raise MarbleError(
+            f'prompt source "{source}" fails for "{split}": {type(error).__name__}: {error}; it must be a function of '
+            'the split ("train" or "held-out") that returns records, texts, or mappings with text and targets'
+        ) from error
+    return [record if record.source else replace(record, source=source) for record in made]
+
+
 def _different(records: Sequence[Record]) -> dict[str, Record]:
     different: dict[str, Record] = {}
+    others = 0
     for record in records:
-        different.setdefault(same_as(record.text), record)
+        others += different.setdefault(same_as(record.text), record).targets != record.targets
+    if others:
+        log.warning(
+            "%s: %d prompts stand there again with other targets, which are not used", records[0].source, others
+        )
     return different
 
 

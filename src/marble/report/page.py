@@ -91,14 +91,30 @@ def _headline(run: Run, rows: list[dict[str, Any]], evaluation: dict[str, Any]) 
         kept = [(n, gains[n]) for n in evaluation["held_out_rewards"] if n in gains]
         risen = sum(_verdict(gain)[0] == "up" for gain in training)
         lines.append(
-            f'<p class="lead">{risen} of {len(training)} training rewards rose on held-out prompts '
-            f"(95% interval above 0). "
+            f'<p class="lead">{risen} of {len(evaluation["training_rewards"])} training rewards rose on held-out '
+            f"prompts (95% interval above 0). "
             + " ".join(f"Never trained on: {escape(n)}, {_verdict(g)[1]}." for n, g in kept)
             + "</p>"
         )
+        lines += _absent(updates, evaluation)
     else:
         lines.append('<p class="lead">This run has not finished: no final evaluation yet.</p>')
     return f"<header>{''.join(lines)}</header>"
+
+
+def _absent(updates: list[dict[str, Any]], evaluation: dict[str, Any]) -> list[str]:
+    """Rewards that did not always answer: in how many updates, and whether they have no gain for it."""
+    counts: dict[str, int] = {}
+    for row in updates:
+        for name in row.get("missing", {}):
+            counts[name] = counts.get(name, 0) + 1
+    lines = [f"{escape(name)} gave no score for some images of {count} updates" for name, count in counts.items()]
+    for part in ("before", "after"):
+        missing = evaluation.get(part, {}).get("missing", {})
+        lines += [f"{escape(name)} for {count} of those evaluated {part}" for name, count in missing.items()]
+    lost = [name for name in evaluation["before"]["names"] if name not in evaluation["gains"]]
+    lines += [f"there is no gain of {escape(', '.join(lost))}"] if lost else []
+    return [f'<p class="note">Missing scores: {"; ".join(lines)}.</p>'] if lines else []
 
 
 def _gains(evaluation: dict[str, Any], paint: dict[str, str]) -> str:

@@ -75,7 +75,7 @@ class Aesthetic(ClipReward):
             MarbleError: they cannot be had, or do not fit together.
         """
         clip = super().load()
-        name = f"rewards: {self.name}: settings.head"
+        name = "settings.head"
         head, version = named(name, _load_head, self.head, self.head_file, self.device)
         if (width := clip.network.config.projection_dim) != head.width:
             raise MarbleError(f'{name}: "{self.head}" takes {head.width} features, "{self.source}" has {width}')

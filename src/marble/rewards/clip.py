@@ -99,8 +99,8 @@ class ClipReward(ModelReward):
             self.dtype,
             processor_source=self.processor,
             texts=self.reads,
-            name=f"rewards: {self.name}: settings.source",
-            processor_name=f"rewards: {self.name}: settings.processor",
+            name="settings.source",
+            processor_name="settings.processor",
         )
         self.revision = clip.revision
         return clip

@@ -77,7 +77,7 @@ class Diversity(ModelReward):
 def _load(
     encoder: str, revision: str | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[Tensor], Tensor], str]:
-    name = "rewards: diversity: settings.encoder"
+    name = "settings.encoder"
     kind = named(name, _model_type, encoder, revision)
     if kind == "clip":
         clip = load_clip(encoder, revision, device, dtype, texts=False, name=name)

@@ -87,7 +87,7 @@ class HPSv21(ClipReward):
 
 @functools.cache
 def _load(source: str, revision: str | None, processor: str, device: torch.device, dtype: torch.dtype) -> Clip:
-    settings = "rewards: hpsv21: settings"
+    settings = "settings"
     file = named(f"{settings}.source", fetch, source, WEIGHTS, revision)
     state = named(f"{settings}.source", read_state, file, "state_dict")
     network = named(f"{settings}.source", from_open_clip, state, f'"{file}"')

@@ -129,8 +129,7 @@ def _load(source: str, revision: str | None, tokenizer: str, device: torch.devic
     known = net.blip.text_encoder.config.vocab_size
     if len(words) != known:
         raise MarbleError(
-            f'rewards: imagereward: settings.tokenizer: "{tokenizer}" has {len(words)} tokens with BLIP\'s two, but '
-            f"{what} knows {known}"
+            f'settings.tokenizer: "{tokenizer}" has {len(words)} tokens with BLIP\'s two, but {what} knows {known}'
         )
     load_into(materialise(net), {f"blip.{key}": value for key, value in inner.items()} | outer, what)
     net.blip.to(device, dtype)
@@ -146,7 +145,7 @@ def _tokenizer(source: str) -> Any:
         words = BertTokenizer.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise MarbleError(f'rewards: imagereward: settings.tokenizer: cannot get "{source}": {reason}') from error
+        raise MarbleError(f'settings.tokenizer: cannot get "{source}": {reason}') from error
     words.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
     return words
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +96,7 @@ class Judging:
                     failed["it answered with no number"] += absent
                 if self.cache is not None and portion.keys:
                     self.cache.put(portion.keys, portion.job.scores.tolist())
-            _warn(reward.name, failed, int(self.wanted[:, k].sum()))
+            _report(reward, failed, int(self.wanted[:, k].sum()))
             self.seconds[reward.name] = sum(job.ended - job.began for job in own if job.ended and job.began)
             jobs += own if k in beside else []
         self._bytes, self._floats = [], []  # the judging outlives them
@@ -174,6 +175,8 @@ def judge(reward: Reward, pictures: Tensor, records: list[Record], frames: int |
         each = [judge(reward, frame, records, None) for frame in pictures.unbind(1)]  # groups of one moment each
         return torch.stack(each).nanmean(dim=0)
     result = torch.as_tensor(reward.score(pictures, records))
+    if result.shape == (len(pictures), 1):
+        result = result[:, 0]
     if result.shape != (len(pictures),):
         raise MarbleError(f"score() must return one number an image, [{len(pictures)}], got shape {list(result.shape)}")
     result = result.detach().to("cpu", torch.float64)
@@ -219,9 +222,17 @@ def _spaced(count: int, some: int) -> Tensor:
     return torch.tensor([count // 2]) if some == 1 else torch.linspace(0, count - 1, some).round().long()
 
 
-def _warn(name: str, failed: Counter[str], wanted: int) -> None:
+def _report(reward: Reward, failed: Counter[str], wanted: int) -> None:
+    """Warn of what is new: reasons not given for the batch before, and the first batch without any."""
+    told: set[str] = getattr(reward, "_told", set())
     for reason, count in failed.items():
-        log.warning("reward %s: no score for %d of %d images: %s", name, count, wanted, reason)
+        if reason not in told:
+            log.warning("reward %s: no score for %d of %d images: %s", reward.name, count, wanted, reason)
+    if told and not failed and wanted:
+        log.warning("reward %s: answers again", reward.name)
+    if wanted and (told or failed):
+        with suppress(AttributeError):  # an object without a place for it is told of every time
+            reward._told = set(failed)  # type: ignore[attr-defined]
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

@@ -49,44 +49,55 @@ def load_rewards(uses: Sequence[str | RewardUse]) -> list[Reward]:
     """Make the rewards of a config, or of registered names, `package.module:attribute` paths and URLs alone.
 
     Raises:
-        MarbleError: a name is unknown, settings do not fit, or two rewards call themselves the same.
+        MarbleError: names are unknown, settings do not fit, or two rewards call themselves the same; all at once.
     """
-    rewards = [make_reward(RewardUse(reward=use) if isinstance(use, str) else use) for use in uses]
-    own = [reward.name for reward in rewards]
-    if twice := sorted({name for name in own if own.count(name) > 1}):
-        raise MarbleError(f"rewards: {', '.join(twice)} given more than once; settings: {{name: …}} tells them apart")
+    rewards, problems = [], []
+    for use in uses:
+        try:
+            rewards.append(make_reward(RewardUse(reward=use) if isinstance(use, str) else use))
+        except MarbleError as error:
+            problems.append(str(error))
+    problems += _twice(rewards)
+    if problems:
+        raise MarbleError("\n".join(problems))
     return rewards
+
+
+def _twice(rewards: Sequence[Reward]) -> list[str]:
+    own = [reward.name for reward in rewards]
+    twice = sorted({name for name in own if own.count(name) > 1})
+    return [f"rewards: {', '.join(twice)} given more than once; settings: {{name: …}} tells them apart"] * bool(twice)
 
 
 def make_reward(use: RewardUse) -> Reward:
     """The reward that `use` stands for; nothing heavy is loaded.
 
     Raises:
-        MarbleError: it cannot be found, is no reward, or does not take the settings.
+        MarbleError: it cannot be found, is no reward, or does not take the settings; all that is wrong with them.
     """
-    settings = {name: value for name, value in use.settings.items() if name not in COMMON}
+    own = {name: value for name, value in use.settings.items() if name not in COMMON}
+    common, problems = {}, []
+    for name, value in use.settings.items():
+        if name in COMMON:
+            common[name], problem = _converted(name, COMMON[name], value)
+            problems += [problem or _limited(name, common[name])]
+    problems = [problem for problem in problems if problem]
     if use.url or is_url(use.reward):
         from marble.rewards.remote import Remote  # here: most runs talk to no server
 
-        reward: Any = Remote(use.reward, use.url, **_checked(Remote, settings, use.reward, skip=2))
+        reward: Any = _made(Remote, own, use.reward, problems, given=(use.reward, use.url))
     else:
-        reward = _local(resolve("reward", use.reward), settings, use.reward)
+        reward = _local(resolve("reward", use.reward), own, use.reward, problems)
+    if not hasattr(reward, "name") and hasattr(reward, "score"):
+        reward.name = type(reward).__name__
     missing = [part for part in ("name", "applies", "score") if not hasattr(reward, part)]
     if missing:
         raise MarbleError(
             f'reward "{use.reward}" is no reward: it has no {", ".join(missing)}; derive it from marble.Reward'
         )
     reward.origin, reward.settings = use.reward, dict(use.settings)
-    for name, kind in COMMON.items():
-        if name in use.settings:
-            value = _converted(use.reward, name, kind, use.settings[name])
-            if name != "name" and not (0 < value <= _MOST[name] or (value == 0 and name == "workers")):
-                raise MarbleError(
-                    f'reward "{use.reward}": settings.{name} must be positive and at most {_MOST[name]}, got {value}'
-                )
-            if value == "":
-                raise MarbleError(f'reward "{use.reward}": settings.name must not be empty')
-            setattr(reward, name, value)
+    for name, value in common.items():
+        setattr(reward, name, value)
     return reward
 
 
@@ -137,18 +148,14 @@ def _ask_all(rewards: Sequence[Reward], method: str) -> None:
             problems.append(f"  reward {reward.name}: {error}")
         except Exception as error:  # somebody else's code
             problems.append(f"  reward {reward.name}: {method}() fails: {type(error).__name__}: {error}")
+    problems = problems or [f"  {problem}" for problem in _twice(rewards)]  # a served one is known by its own name now
     if problems:
         raise MarbleError("rewards that cannot be used:\n" + "\n".join(problems))
 
 
-def _local(target: Any, settings: dict[str, Any], what: str) -> Any:
+def _local(target: Any, settings: dict[str, Any], what: str, problems: list[str]) -> Any:
     if isinstance(target, type):
-        try:
-            return target(**_checked(target, settings, what))
-        except (MarbleError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # somebody else's code
-            raise MarbleError(f'reward "{what}" cannot be made: {type(error).__name__}: {error}') from error
+        return _made(target, settings, what, problems)
     if inspect.isfunction(target):
         parameters = inspect.signature(target).parameters.values()
         places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -158,15 +165,35 @@ def _local(target: Any, settings: dict[str, Any], what: str) -> Any:
                 f'reward "{what}" is no reward: a function takes (images) or (images, records), and settings with '
                 f"defaults; this one takes {given} arguments"
             )
-        function = functools.partial(target, **_checked(target, settings, what, skip=given))
-        return FunctionReward(function, target.__name__, given)
-    if settings:
-        raise MarbleError(f'reward "{what}": is made already, so it takes no settings; got {", ".join(settings)}')
+        settings = _checked(target, settings, problems, skip=given)
+        if not problems:
+            return FunctionReward(functools.partial(target, **settings), target.__name__, given)
+    elif settings:
+        problems = [*problems, f"it is made already, so it takes no settings; got {', '.join(settings)}"]
+    if problems:
+        raise MarbleError(f'reward "{what}": {"; ".join(problems)}')
     return target
 
 
-def _checked(target: Any, settings: dict[str, Any], what: str, *, skip: int = 0) -> dict[str, Any]:
-    """`settings` as the keyword arguments of a constructor or function, each of the type that its annotation says."""
+def _made(kind: type, settings: dict[str, Any], what: str, problems: list[str], given: tuple[Any, ...] = ()) -> Any:
+    """An object of a reward's class, if nothing is wrong with its settings."""
+    settings = _checked(kind, settings, problems, skip=len(given))
+    if problems:
+        raise MarbleError(f'reward "{what}": {"; ".join(problems)}')
+    try:
+        return kind(*given, **settings)
+    except MarbleError as error:
+        own = str(error)
+        raise MarbleError(own if own.startswith("reward ") else f'reward "{what}": {own}') from error
+    except Exception as error:  # somebody else's code
+        raise MarbleError(f'reward "{what}" cannot be made: {type(error).__name__}: {error}') from error
+
+
+def _checked(target: Any, settings: dict[str, Any], problems: list[str], *, skip: int = 0) -> dict[str, Any]:
+    """`settings` as keyword arguments of a constructor or function, of the types that its annotations say.
+
+    What does not fit is added to `problems`.
+    """
     known = {
         name: parameter
         for name, parameter in list(inspect.signature(target).parameters.items())[skip:]
@@ -176,23 +203,34 @@ def _checked(target: Any, settings: dict[str, Any], what: str, *, skip: int = 0)
         hints = typing.get_type_hints(getattr(target, "__init__") if isinstance(target, type) else target)  # noqa: B009
     except (NameError, TypeError):  # annotations that only a type checker sees
         hints = {}
-    for name in settings:
+    converted = {}
+    for name, value in settings.items():
         if name not in known:
             names = [*known, *COMMON]
-            raise MarbleError(
-                f'reward "{what}": unknown setting "{name}".{nearest(name, names)} Known: {", ".join(names)}'
-            )
+            problems.append(f'unknown setting "{name}".{nearest(name, names)} Known: {", ".join(names)}')
+            continue
+        converted[name], problem = _converted(name, hints.get(name, Any), value)
+        problems += [problem] if problem else []
     needed = [name for name, p in known.items() if p.default is p.empty and name not in settings]
-    if needed:
-        raise MarbleError(f'reward "{what}": settings.{needed[0]} is required')
-    return {name: _converted(what, name, hints.get(name, Any), value) for name, value in settings.items()}
+    problems += [f"settings.{name} is required" for name in needed]
+    return converted
 
 
-def _converted(what: str, name: str, kind: Any, value: Any) -> Any:
+def _converted(name: str, kind: Any, value: Any) -> tuple[Any, str]:
+    """A setting as its annotation has it, or what is wrong with it."""
+    if isinstance(value, bool) and kind in (int, float):
+        return None, f"settings.{name}: input should be a number, got {value}"
     try:
-        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value), ""
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise MarbleError(
-            f'reward "{what}": settings.{name}: {reason[0].lower()}{reason[1:]}, got {value!r}'
-        ) from error
+        return None, f"settings.{name}: {reason[0].lower()}{reason[1:]}, got {value!r}"
+
+
+def _limited(name: str, value: Any) -> str:
+    """What is wrong with the size of a common setting."""
+    if name == "name":
+        return "" if value else "settings.name must not be empty"
+    if 0 < value <= _MOST[name] or (value == 0 and name == "workers"):
+        return ""
+    return f"settings.{name} must be positive and at most {_MOST[name]}, got {value}"

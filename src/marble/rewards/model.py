@@ -37,12 +37,15 @@ class ModelReward(Reward):
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
-        return find_device(self.device_name, f"rewards: {self.name}: settings.device", shared=True)
+        return find_device(self.device_name, "settings.device", shared=True)
 
     @property
     def parts(self) -> Any:
         """What `load` returned, loaded on first use."""
         if self._parts is None:
+            import transformers
+
+            transformers.utils.logging.disable_progress_bar()
             self._parts = self.load()
         return self._parts
 

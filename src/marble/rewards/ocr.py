@@ -61,11 +61,11 @@ class OCR(Reward):
             MarbleError: a setting is out of range.
         """
         if side < 64:
-            raise MarbleError(f'reward "ocr": settings.side must be at least 64, got {side}')
+            raise MarbleError(f"settings.side must be at least 64, got {side}")
         if not 0 <= min_confidence <= 1:
-            raise MarbleError(f'reward "ocr": settings.min_confidence must be in [0, 1], got {min_confidence}')
+            raise MarbleError(f"settings.min_confidence must be in [0, 1], got {min_confidence}")
         if threads < 1:
-            raise MarbleError(f'reward "ocr": settings.threads must be at least 1, got {threads}')
+            raise MarbleError(f"settings.threads must be at least 1, got {threads}")
         self.side, self.min_confidence, self.threads = side, min_confidence, threads
         self.revision = _revision()
         self._readers: dict[int, Any] = {}  # by the longer side that text is looked for at
@@ -82,7 +82,7 @@ class OCR(Reward):
         """
         for package in ("rapidocr", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
-                raise MarbleError(f'reward "ocr": needs {package}: pip install "marble-diffusion[rewards]"')
+                raise MarbleError(f'needs {package}: pip install "marble-diffusion[rewards]"')
 
     def prepare(self) -> None:
         """Load the models and have them read a word.
@@ -97,9 +97,9 @@ class OCR(Reward):
             read = self._read(sample)
         except Exception as error:  # whatever a package says of a damaged or missing model
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise MarbleError(f'reward "ocr": RapidOCR cannot be loaded: {reason}') from error
+            raise MarbleError(f"RapidOCR cannot be loaded: {reason}") from error
         if _plain("".join(read)) != "open":
-            raise MarbleError(f'reward "ocr": {self.revision} reads {read} where OPEN is written; install it anew')
+            raise MarbleError(f"{self.revision} reads {read} where OPEN is written; install it anew")
 
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
         """`[N]` in [0, 1]."""

@@ -132,7 +132,7 @@ def load_detector(source: str, revision: str | None, device: torch.device, sides
     from transformers import Mask2FormerForUniversalSegmentation
 
     kind: Any = Mask2FormerForUniversalSegmentation
-    name, local = "rewards: geneval: settings.detector", Path(source).expanduser().is_dir()
+    name, local = "settings.detector", Path(source).expanduser().is_dir()
     config = named(name, fetch, source, "config.json", revision)
     preprocessing = named(name, load_preprocessing, source, revision)
     try:

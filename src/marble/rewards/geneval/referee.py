@@ -148,7 +148,7 @@ def find_referee(
     with _LOADING:  # two threads would load twice, and then not share
         if key not in _REFEREES:
             eyes = load_detector(detector, detector_revision, device, sides)
-            colours = load_clip(clip, clip_revision, device, dtype, name="rewards: geneval: settings.clip")
+            colours = load_clip(clip, clip_revision, device, dtype, name="settings.clip")
             revision = f"{eyes.revision} + {colours.revision}"
             _REFEREES[key] = Referee(eyes, ColourNamer(colours), rules, revision)
         return _REFEREES[key]
