@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import socket
+import asyncio
+import functools
 import threading
 import time
 from contextlib import contextmanager
 
 import torch
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from marble import Reward
 from marble.prompts import Record
@@ -79,26 +82,39 @@ class Slow(Reward):
         return torch.zeros(len(images))
 
 
+@functools.cache
+def event_loop():
+    """One for all servers, in a thread."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
 @contextmanager
 def running(asgi, port=0):
-    """The URL of a server of `asgi`."""
-    with socket.socket() as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(("127.0.0.1", port))
-        config = uvicorn.Config(
-            asgi, lifespan="off", http="h11", ws="none", log_config=None, timeout_graceful_shutdown=2
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-        thread.start()
-        deadline = time.monotonic() + 10
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.005)
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(10)
+    """The URL of a server of `asgi`; uvicorn's connections without its server, which takes long to start and end."""
+    config = uvicorn.Config(asgi, lifespan="off", http="h11", ws="none", log_config=None)
+    config.load()
+    loop, state = event_loop(), ServerState()
+
+    async def start():
+        made = functools.partial(H11Protocol, config=config, server_state=state, app_state={})
+        return await loop.create_server(made, "127.0.0.1", port)
+
+    async def stop():
+        server.close()
+        for connection in list(state.connections):
+            connection.shutdown()
+        if state.tasks:
+            await asyncio.wait(state.tasks, timeout=2)
+        for connection in list(state.connections):
+            connection.transport.abort()
+
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import base64
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from marble import MarbleError
 from marble.config import RewardUse
 from marble.prompts import Record
 from marble.rewards import http, load_rewards, make_reward, score_images
+from marble.rewards import judge as judge_module
 from marble.rewards.judge import Judge, UnifiedReward
 from marble.rewards.wire import from_png
 
@@ -173,6 +175,40 @@ def test_the_key(endpoint, monkeypatch):
     assert reward.score(IMAGES, RECORDS).tolist() == [0.4] * 3
 
 
+def test_a_key_on_an_open_way_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(http, "_warned", set())
+    monkeypatch.setenv("THE_KEY", "a-key")
+    for url, key in (
+        ("http://judges.example/v1", "THE_KEY"),
+        ("http://judges.example/v1", "THE_KEY"),
+        ("http://other.example/v1", None),
+        ("https://third.example/v1", "THE_KEY"),
+        ("http://127.0.0.1:1/v1", "THE_KEY"),
+    ):
+        Judge(model="a-judge", url=url, key_variable=key)._connect()
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("THE_KEY: what it holds and all images travel to judges.example unencrypted")
+
+
+def test_one_picture_needs_no_threads(endpoint, monkeypatch):
+    monkeypatch.setattr(judge_module, "ThreadPoolExecutor", None)
+    endpoint.play(lambda question, image, turn: "Score: 4")
+    assert judge_at(endpoint).score(IMAGES[:1], RECORDS[:1]).tolist() == [0.4]
+
+
+def test_an_endpoint_that_is_slow_is_asked_once(endpoint):
+    def say(question, image, turn):
+        time.sleep(0.3)  # nothing else is to be answered meanwhile
+        return "Score: 4"
+
+    endpoint.play(say)
+    with pytest.raises(MarbleError, match=r"did not answer within 0\.1 s"):
+        judge_at(endpoint, answer_within=0.1).score(IMAGES[:1], RECORDS[:1])
+    time.sleep(0.3)
+    assert len(endpoint.asked) == 1
+    assert judge_at(endpoint).score(IMAGES[:1], RECORDS[:1]).tolist() == [0.4]
+
+
 def test_an_endpoint_that_is_not_there_or_has_another_model(endpoint, monkeypatch):
     endpoint.play(lambda question, image, turn: "Score: 4")
     with pytest.raises(MarbleError, match=r'has no model "a-juge"\. Did you mean "a-judge"\? It has: a-judge'):
@@ -197,7 +233,6 @@ def test_an_endpoint_that_is_not_there_or_has_another_model(endpoint, monkeypatc
         ({"pattern": r"\d+"}, "settings.pattern: must have one group"),
         ({"pattern": r"(\d+)/(\d+)"}, "settings.pattern: must have one group"),
         ({"divide_by": 0}, "settings.divide_by: must be positive, got 0"),
-        ({"divide_by": float("nan")}, "settings.divide_by: must be positive"),
         ({"size": 0}, "settings.size: must be at least 1"),
         ({"square": True}, "settings.square: needs a size"),
         ({"retries": -1}, "settings.retries"),
@@ -210,6 +245,11 @@ def test_an_endpoint_that_is_not_there_or_has_another_model(endpoint, monkeypatc
 def test_settings(settings, message):
     with pytest.raises(MarbleError, match=message):
         make_reward(RewardUse(reward="judge", settings={"model": "m"} | settings))
+
+
+def test_a_scale_that_is_no_number():
+    with pytest.raises(MarbleError, match=r"settings\.divide_by: must be positive, got nan"):
+        Judge(model="m", divide_by=float("nan"))
 
 
 def test_registered():

@@ -1,5 +1,7 @@
 import json
 import logging
+import re
+import socket
 import threading
 import time
 
@@ -14,8 +16,10 @@ from marble.config import RewardUse
 from marble.prompts import Record
 from marble.rewards import http, load_rewards, make_reward, score_images
 from marble.rewards import remote as remote_module
+from marble.rewards.judging import Judging
+from marble.serve.desk import revision_of
 
-from .running import BLUE, RED, Clip, Mean, Raising, Together, pictures, running, serving
+from .running import BLUE, RED, Clip, Mean, Raising, Slow, Together, pictures, running, serving
 
 TOKEN = "a-token-of-some-length"
 IMAGES = pictures(0, 90, 250)
@@ -50,6 +54,9 @@ def test_names_and_settings(server):
     own.check()
     assert (own.name, own.batch, own.workers, own.answer_within) == ("brightness", 7, 2, 3.0)
     assert own.score(IMAGES, [RED] * 3).tolist() == EXPECTED
+    remote("mean", server, workers=64).check()
+    with pytest.raises(MarbleError, match=r"settings\.workers must be .*at most 64, got 65"):
+        remote("mean", server, workers=65)
     together = remote("together", server)
     together.check()
     assert together.groupwise
@@ -62,6 +69,7 @@ def test_names_and_settings(server):
         {"reward": "mean", "url": server, "settings": {"retries": -1}},
         {"reward": "mean", "url": server, "settings": {"answer_within": 0}},
         {"reward": "mean", "url": server, "settings": {"dtype": "float32"}},
+        {"reward": "mean", "url": server, "settings": {"token_variable": 3}},
     ):
         with pytest.raises(MarbleError) as caught:
             make_reward(RewardUse.model_validate(use))
@@ -124,8 +132,6 @@ def test_a_server_that_is_not_there_refuses_or_has_another_reward(server, monkey
 @pytest.fixture
 def unused():
     """A URL at which nobody listens."""
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -159,16 +165,16 @@ def test_a_server_that_comes_late_is_asked_with_its_own_portions(unused):
         assert remote("together", url).score(IMAGES, [RED] * 3).tolist() == [3.0] * 3
 
 
-def test_several_servers_share_the_work_and_stand_in_for_each_other(unused):
+def test_several_servers_share_the_work_and_stand_in_for_each_other(unused, caplog):
     with serving(Mean()) as (one, first), serving(Mean()) as (two, second):
         reward = remote("mean", one, two)
         reward.check()
         for _ in range(6):
             reward.score(IMAGES, [RED] * 3)
         assert [app.metrics.requests["/score", 200] for app in (first, second)] == [3, 3]
-        with pytest.raises(MarbleError, match=f"{unused} does not answer"):
-            remote("mean", one, unused).check()
-        lame = remote("mean", one, unused)
+        lame = remote("mean", unused, one)
+        lame.check()
+        assert re.search(f"reward mean: going on with {one} alone for now: {unused} does not answer", caplog.text)
         for _ in range(4):
             assert lame.score(IMAGES, [RED] * 3).tolist() == EXPECTED
 
@@ -198,13 +204,85 @@ def test_settings_of_the_server_are_part_of_the_revision(monkeypatch):
     with serving(reward) as (url, _):
         client = remote("mean", url)
         client.check()
-        assert (client.revision, client.batch) == ('mean 1 {"size": 4}', 9)
+        assert re.fullmatch("mean 1 with settings [0-9a-f]{8}", client.revision)  # no setting itself: it may be a key
+        assert client.batch == 9
+    five, again = (load_rewards([RewardUse(reward=f"{__name__}:Set", settings={"size": n})])[0] for n in (5, 4))
+    assert revision_of(five) != revision_of(reward) == revision_of(again)
 
 
 def test_a_reward_that_raises_is_missing_with_its_reason(server, caplog):
     table = score_images([remote("raising", server, retries=1)], IMAGES.float() / 255, [RED] * 3, torch.arange(3))
     assert table.missing.tolist() == [3]
     assert f"{server}/score answered 500: ValueError: no such luck" in caplog.text
+
+
+def test_a_server_that_is_away_when_asked_what_applies_and_back_to_score(caplog):
+    images, records = pictures(0, 90, 250, 30, 60), [RED, BLUE, RED, BLUE, RED]
+    with serving(Mean()) as (url, _):
+        rewards = [remote("mean", url, retries=0)]
+        rewards[0].check()
+    port = int(url.rpartition(":")[2])
+    for back in (True, False):
+        judging = Judging(rewards, records, torch.arange(5))
+        assert judging.wanted.all()
+        time.sleep(0.31)
+        with serving(Mean(), port=port) if back else serving(Mean()):
+            judging.add(images.float() / 255)
+            table = judging.table()
+        local = Mean().score(images[::2], [RED] * 3).tolist()
+        assert table.scores[::2, 0].tolist() == pytest.approx(local if back else [torch.nan] * 3, abs=0, nan_ok=True)
+        assert table.scores[1::2].isnan().all()
+        assert table.missing.tolist() == [2 if back else 5]
+        reason = "2 of 5 images: it does not apply to their prompts" if back else "5 of 5 images: .* does not answer"
+        assert re.search(f"reward mean: no score for {reason}", caplog.text)
+        caplog.clear()
+        rewards[0]._applies.clear()
+
+
+def test_a_server_that_comes_back_as_another_is_left_out(caplog):
+    class Other(Mean):
+        revision = "mean 2"
+
+    with serving(Other()) as (absent, _):
+        pass
+    with serving(Mean()) as (one, _):
+        reward = remote("mean", one, absent, retries=0)
+        reward.check()
+        assert f"{absent} does not answer" in caplog.text
+        caplog.clear()
+        time.sleep(0.31)
+        with serving(Other(), port=int(absent.rpartition(":")[2])) as (_, app):
+            for _ in range(6):
+                assert reward.score(IMAGES, [RED] * 3).tolist() == EXPECTED
+            assert app.metrics.requests["/score", 200] < 3  # asked last for a while
+    assert len(caplog.messages) == 1
+    assert 'serves revision "mean 2" by now' in caplog.text
+    assert "this server is left out" in caplog.text
+
+
+LONG = "a b" * 2000
+
+
+def test_questions_of_what_applies_are_cut_to_what_a_server_takes(monkeypatch):
+    records = [Record(str(n), "s", {"text": LONG} if n % 3 else {"long": LONG}) for n in range(2500)]
+    with serving(Mean()) as (url, app):
+        assert remote("mean", url).applies_to(records) == [bool(n % 3) for n in range(2500)]
+        assert app.metrics.requests["/applies", 200] == 5  # 500, 500, 500, 500, 500
+
+
+def test_each_server_may_have_a_token_of_its_own(monkeypatch):
+    other = "another-token-as-long"
+    monkeypatch.setenv("MARBLE_TOKEN", TOKEN)
+    monkeypatch.setenv("OTHER", other)
+    with serving(Mean(), token=TOKEN) as (one, _), serving(Mean(), token=other) as (two, _):
+        remote("mean", one).check()
+        remote("mean", two, token_variable="OTHER").check()
+        with pytest.raises(MarbleError, match=r"401: .* in the environment variable OTHER$"):
+            remote("mean", one, token_variable="OTHER").check()
+        with pytest.raises(MarbleError, match=r"to be named in settings\.token_variable"):
+            remote("mean", one, token_variable="").check()
+        with pytest.raises(MarbleError, match=r"settings\.token_variable: the environment variable ABSENT is not set"):
+            remote("mean", two, token_variable="ABSENT").check()
 
 
 # ---- servers that misbehave -----------------------------------------------------------------------------
@@ -298,6 +376,25 @@ def test_tries_again_and_waits_as_long_as_it_is_told(playing, monkeypatch):
     assert {headers["authorization"] for headers in playing.headers} == {f"Bearer {TOKEN}"}
 
 
+def test_a_busy_server_is_asked_until_it_has_time(playing):
+    one, other = (status(code, **{"Retry-After": "0"}) for code in (503, 429))
+    playing.play(one, other, one, other, one, status(500), one, well)
+    assert remote("mean", playing.url, retries=1).score(IMAGES, [RED] * 3).tolist()[0] == 1.0
+    assert len(playing.asked) == 8
+    assert playing.asked[5] - playing.asked[4] > 0.08  # 0.01 s · 2^4 · (0.5 to 1.5)
+    playing.play(one)
+    began = time.perf_counter()
+    with pytest.raises(MarbleError, match=r"answered 503|did not answer within"):
+        remote("mean", playing.url, timeout=0.6).score(IMAGES, [RED] * 3)
+    assert 0.2 < time.perf_counter() - began < 0.6
+
+
+def test_one_server_is_busy_and_one_dead(playing, unused):
+    playing.play(*[status(503, **{"Retry-After": "0"})] * 3, well)
+    reward = remote("mean", unused, playing.url, retries=0)
+    assert reward.score(IMAGES, [RED] * 3).tolist()[0] == 1.0
+
+
 def test_pauses_are_bounded_by_the_time_there_is(playing):
     playing.play(status(503, **{"Retry-After": "20"}))
     began = time.perf_counter()
@@ -323,8 +420,58 @@ def test_a_server_that_hangs_is_left():
         stop.set()
 
 
+def test_a_portion_is_never_sent_again_to_a_server_that_may_still_judge_it(playing):
+    slow = Slow(workers=4)
+    with serving(slow) as (url, _):
+        reward = remote("slow", url, answer_within=0.1)
+        reward.check()
+        with pytest.raises(MarbleError, match=r"did not answer within 0\.1 s, and may still be at work"):
+            reward.score(IMAGES, [RED] * 3)
+        slow.go.set()
+        time.sleep(0.1)
+        assert slow.calls == 1
+    playing.play(status(504))
+    with pytest.raises(MarbleError, match="504"):
+        remote("mean", playing.url).score(IMAGES, [RED] * 3)
+    assert len(playing.asked) == 1
+
+
+def test_one_answer_may_take_as_long_as_the_reward(playing, monkeypatch):
+    seen = []
+    send = http.Server.send
+
+    def spy(self, method, path, content, seconds, wait):
+        seen.append(seconds)
+        return send(self, method, path, content, seconds, wait)
+
+    monkeypatch.setattr(http.Server, "send", spy)
+    playing.play(well)
+    remote("mean", playing.url, timeout=1000).score(IMAGES, [RED] * 3)
+    assert seen == pytest.approx([30, 900], abs=1)
+
+
+def test_a_lost_connection_is_tried_again():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        reward = remote("mean", f"http://127.0.0.1:{listening.getsockname()[1]}", retries=2)
+        reward._learn(remote_module.Served(False, False, False, 64, "mean 1", ""))
+        taken = []
+
+        def hang_up():
+            for _ in range(3):
+                connection, _ = listening.accept()
+                with connection:
+                    taken.append(connection.recv(100)[:11])
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        with pytest.raises(MarbleError, match="does not answer"):
+            reward.score(IMAGES, [RED] * 3)
+        thread.join(5)
+    assert taken == [b"POST /score"] * 3
+
+
 def test_an_open_way_is_warned_of_once(caplog, monkeypatch):
-    monkeypatch.setattr(remote_module, "_warned", set())
+    monkeypatch.setattr(http, "_warned", set())
     with caplog.at_level(logging.WARNING):
         for url, token in (
             ("http://judges.example:1", TOKEN),
@@ -333,10 +480,14 @@ def test_an_open_way_is_warned_of_once(caplog, monkeypatch):
             ("http://third.example", None),
             ("http://127.0.0.1:3", TOKEN),
         ):
-            remote_module._warn_if_open(url, token)
+            http.warn_if_open(url, token, "MARBLE_TOKEN")
     assert len(caplog.messages) == 1
     assert "unencrypted" in caplog.text
     assert TOKEN not in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("OTHER", TOKEN)
+    remote("mean", "http://fourth.example:1", "http://127.0.0.1:1", token_variable="OTHER")._connect()
+    assert [message.split(" ")[0] for message in caplog.messages] == ["OTHER:"]
 
 
 def test_proxies_are_for_other_machines(server, monkeypatch):

@@ -1,5 +1,6 @@
 import base64
 import struct
+import tracemalloc
 import zlib
 from io import BytesIO
 
@@ -114,3 +115,57 @@ def test_targets_that_are_not_json():
 def test_what_are_no_scores(scores):
     with pytest.raises(wire.WireError, match="scores: "):
         wire.unpack_scores(scores, 2)
+
+
+def test_large_pictures_among_small_ones():
+    noise = torch.randint(0, 256, (3, 3, 3, 50, 50), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    noise[1] = 7  # packs small, and stays in the JSON
+    records = [Record("a", "s", {"word": "A" * 4095})] * 3
+    for images in (noise, noise[:, 0]):
+        asked = wire.unpack_request(wire.pack_request("name", images, records))
+        assert asked.records == records
+        assert [type(row[0]) for row in asked.images] == [bytes, str, bytes]
+        assert torch.equal(wire.decode_images(asked, 10**6), images)
+
+
+LARGE = "A" * 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        (LARGE, ["A"], "no image"),
+        (f'"{LARGE}"', ["A"], None),  # quotes in a text begin no picture
+        (f'\\"{LARGE}', ["A"], None),
+        ("a", ["\x000"], "one is not base64"),
+        ("a", ["\x001"], "one is not base64"),
+        ("a", [LARGE, "\x000"], "one is not base64"),
+        (LARGE, ["\x000"], None),  # odd, and harmless
+    ],
+)
+def test_pictures_that_are_cut_out_are_put_back_where_they_were(text, images, message):
+    body = wire.pack({"reward": "r", "records": [{"text": text}] * len(images), "images": images})
+    if message is None:
+        assert len(wire.unpack_request(body).images) == 1
+    else:
+        with pytest.raises(wire.WireError, match=message):
+            wire.unpack_request(body)
+
+
+@pytest.mark.parametrize("read", [wire.unpack, wire.unpack_request])
+def test_json_takes_no_more_memory_than_its_bound_lets_it(read):
+    bomb = b'{"records":[' + b"{}," * 2_700_000 + b'{}],"images":["' + b"A" * 5000 + b'"]}'
+    tracemalloc.start()
+    with pytest.raises(wire.WireError, match="at most 4194304 bytes are taken beside large pictures") as caught:
+        read(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 2 * len(bomb)
+    tracemalloc.stop()
+    assert caught.value.status == 413
+
+
+def test_too_many_prompts():
+    rows = [{"text": "a"}] * 10_001
+    with pytest.raises(wire.WireError, match="records: at most 10000, got 10001") as caught:
+        wire.unpack_records({"records": rows})
+    assert caught.value.status == 413
+    assert len(wire.unpack_records({"records": rows[1:]})) == 10_000

@@ -1,19 +1,26 @@
 """The server's answers, over real connections."""
 
+import asyncio
 import hashlib
 import json
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import pytest
 import torch
+from starlette.datastructures import URL
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 
+from marble.prompts import Record
 from marble.rewards import wire
+from marble.serve import app as app_module
 from marble.serve import desk as desk_module
-from marble.serve.door import Rates
+from marble.serve.door import Door, Limits, Rates
 
 from ..rewards.running import BLUE, RED, Clip, Mean, Raising, Slow, Together, pictures, serving
 
@@ -85,7 +92,20 @@ def test_what_applies(served):
     body = {"reward": "mean", "records": wire.pack_records([RED, BLUE, RED])}
     assert post(served, "/applies", body).json() == {"applies": [True, False, True]}
     assert post(served, "/applies", body | {"reward": "together"}).json() == {"applies": [True] * 3}
-    assert post(served, "/applies", body | {"records": body["records"] * 4000}).status_code == 413
+    with serving(Mean()) as (url, _), httpx.Client(base_url=url) as client:
+        assert post(client, "/applies", body | {"records": body["records"] * 4000}).status_code == 413
+        long = body | {"records": [{"text": "a b" * 10}] * 9000, "more": "c d" * 1_300_000}
+        assert len(json.dumps(long)) < 5 * 2**20
+        for path, message in (("/applies", "a body may have 4194304 bytes"), ("/score", "at most 4194304 bytes are")):
+            answer = post(client, path, long)
+            assert (answer.status_code, message in answer.text) == (413, True)
+
+
+def test_prompts_to_which_a_reward_does_not_apply_get_no_score(served):
+    body = wire.pack_request("mean", IMAGES, [RED, BLUE, RED])
+    first, second, third = post(served, "/score", body).json()["scores"]
+    assert (first, second, third) == (*Mean().score(IMAGES[:1], [RED]), None, *Mean().score(IMAGES[2:], [RED]))
+    assert post(served, "/score", wire.pack_request("mean", IMAGES, [BLUE] * 3)).json()["scores"] == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -122,7 +142,7 @@ def test_what_is_refused(served, path, body, status, message):
 
 
 def test_strangers(served, guarded):
-    for host in ("evil.example", "evil.example:8420", "127.0.0.1.evil.example", "[", "10.0.0.1"):
+    for host in ("evil.example", "evil.example:8420", "127.0.0.1.evil.example", "10.0.0.1", "[::2]", ""):
         assert served.get("/health", headers={"Host": host}).status_code == 403
     for host in ("localhost", "localhost:1", "[::1]:8420", "127.0.0.2"):
         assert served.get("/health", headers={"Host": host}).status_code == 200
@@ -141,6 +161,40 @@ def test_strangers(served, guarded):
         assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert TOKEN not in answer.text
     assert post(guarded, "/score", BODY, Authorization=f"Bearer {TOKEN}").status_code == 200
+
+
+ODD = [b"a/health?", b"a/health#", b"localhost/health?x=", b"me@localhost", b"localhost:80/x", b"[::1]x", b"[", b"a b"]
+
+
+def through_the_door(path, hosts, **limits):
+    """The status of a POST without a token, straight into the middleware: no server has looked at its headers."""
+    door = Door(PlainTextResponse("in"), Limits(**limits), lambda *_: None)
+    headers = [(b"host", host) for host in hosts] + [(b"content-type", b"text/plain")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b"", "scheme": "http"}
+    scope |= {"server": ("127.0.0.1", 8420), "client": ("10.0.0.9", 1), "root_path": "", "http_version": "1.1"}
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(door(scope, receive, send))
+    return sent[0]["status"]
+
+
+@pytest.mark.parametrize("hosts", [[host] for host in ODD] + [[b"localhost", b"localhost"], [b""], [], [b"localhost"]])
+def test_no_host_is_a_way_around_the_token(hosts, monkeypatch):
+    misled = property(lambda request: URL("http://x/health"))  # as versions of starlette read it from some of these
+    monkeypatch.setattr(Request, "url", misled)
+    good = hosts in ([b"localhost"],)
+    for path in ("/score", "/applies", "/metrics", "/rewards", "//health", "/health/", "/HEALTH"):
+        bad = hosts in [[host] for host in ODD] or len(hosts) > 1
+        assert through_the_door(path, hosts, token=TOKEN, local=False) == (400 if bad else 401)
+        assert through_the_door(path, hosts, token=TOKEN) == (400 if bad else 401 if good else 403)
+        assert through_the_door(path, hosts) == (400 if bad else 415 if good else 403)
+    assert through_the_door("/health", [b"my_box.local:8420"], token=TOKEN, local=False) == 200
 
 
 def test_bodies_are_counted_while_they_come(served):
@@ -200,6 +254,8 @@ def test_a_reward_judges_in_its_own_threads(workers):
         answers = [pool.submit(post, client, "/score", body) for _ in range(6)]
         wait_until(lambda: slow.now == max(1, workers) and app.desks[0].length == 6 - max(1, workers))
         assert f'marble_queue_length{{reward="slow"}} {6 - max(1, workers)}' in client.get("/metrics").text
+        applies = {"reward": "slow", "records": wire.pack_records([RED])}
+        assert post(client, "/applies", applies).json() == {"applies": [True]}  # waits for no judging
         slow.go.set()
         assert [answer.result().status_code for answer in answers] == [200] * 6
     assert slow.most == max(1, workers)
@@ -252,14 +308,71 @@ def test_a_reward_that_ends_its_thread(caplog):
         def score(self, images, records):
             raise SystemExit(f"with {threading.current_thread().name}")
 
+    class Unsure(Mean):
+        name = "unsure"
+
         def applies(self, record):
             raise KeyError("x")
 
-    with serving(Leaving()) as (url, _), httpx.Client(base_url=url) as client:
+    with serving(Leaving(), Unsure()) as (url, _), httpx.Client(base_url=url) as client:
         for _ in range(2):
             answer = post(client, "/score", wire.pack_request("leaving", IMAGES, [RED] * 3))
             assert answer.json() == {"error": "SystemExit: with reward leaving"}
-        answer = post(client, "/applies", {"reward": "leaving", "records": wire.pack_records([RED])})
-        assert answer.status_code == 500
-        assert "KeyError: 'x'" in answer.json()["error"]
-    assert caplog.messages == ["reward leaving: SystemExit: with reward leaving"] * 2
+        unsure = {"reward": "unsure", "records": wire.pack_records([RED])}
+        for path, body in (("/applies", unsure), ("/score", wire.pack_request("unsure", IMAGES[:1], [RED]))):
+            answer = post(client, path, body)
+            assert answer.status_code == 500
+            assert "KeyError: 'x'" in answer.json()["error"]
+    assert caplog.messages == ["reward leaving: SystemExit"] * 2 + ["reward unsure: MarbleError"] * 2
+
+
+def test_what_a_reward_says_of_a_prompt_is_not_logged(caplog):
+    class Telling(Mean):
+        name = "telling"
+
+        def score(self, images, records):
+            raise ValueError(f"cannot parse {records[0].text}")
+
+    secret = Record("my secret prompt", "s", {"text": "A"})
+    with serving(Telling()) as (url, _), httpx.Client(base_url=url) as client:
+        answer = post(client, "/score", wire.pack_request("telling", IMAGES[:1], [secret]))
+        assert answer.json() == {"error": "ValueError: cannot parse my secret prompt"}
+    assert caplog.messages == ["reward telling: ValueError"]
+
+
+def test_a_reward_that_hangs_when_asked_what_applies_stops_no_other(monkeypatch):
+    monkeypatch.setattr(app_module, "APPLYING", 0.2)
+    go = threading.Event()
+
+    class Pondering(Mean):
+        name = "pondering"
+
+        def applies(self, record):
+            return go.wait(10)
+
+    body = {"records": wire.pack_records([RED])}
+    with serving(Pondering(), Mean()) as (url, _), httpx.Client(base_url=url) as client, ThreadPoolExecutor(3) as pool:
+        stuck = [pool.submit(post, client, "/applies", body | {"reward": "pondering"}) for _ in range(3)]
+        time.sleep(0.05)
+        began = time.perf_counter()
+        assert post(client, "/applies", body | {"reward": "mean"}).json() == {"applies": [True]}
+        assert post(client, "/score", BODY).status_code == 200
+        assert time.perf_counter() - began < 0.15
+        assert [answer.result().status_code for answer in stuck] == [504] * 3
+        go.set()
+        assert post(client, "/applies", body | {"reward": "pondering"}).json() == {"applies": [True]}
+
+
+def test_questions_of_what_applies_count_among_the_bodies_under_way(monkeypatch):
+    monkeypatch.setattr(app_module, "WAITING", 2)
+    head = b"POST /applies HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with serving(Mean()) as (url, app), httpx.Client(base_url=url) as client:
+        with ExitStack() as stack:
+            address = client.base_url.host, client.base_url.port
+            for _ in range(2):
+                stack.enter_context(socket.create_connection(address)).sendall(head)
+            wait_until(lambda: app._bodies == 2)
+            full = post(client, "/score", BODY)
+            assert (full.status_code, full.headers["Retry-After"]) == (503, "1")
+        wait_until(lambda: app._bodies == 0)
+        assert post(client, "/score", BODY).status_code == 200

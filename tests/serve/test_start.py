@@ -1,12 +1,18 @@
 """The command: what it refuses to start, and a short soak of what it starts."""
 
 import importlib.util
+import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -16,10 +22,16 @@ import torch
 from marble import MarbleError, Reward
 from marble.cli import serve as command
 from marble.config import RewardUse
-from marble.rewards import http
-from marble.serve import start
+from marble.mini.rewards import Aesthetic
+from marble.prompts import Record
+from marble.rewards import http, make_reward
+from marble.rewards.wire import pack_request
+from marble.serve import connections, start
 from marble.serve.app import App
+from marble.serve.desk import Desk
 from marble.serve.door import Limits
+
+from ..rewards.running import RED, Slow, pictures
 
 TOKEN = "0123456789abcdef"
 
@@ -27,6 +39,11 @@ TOKEN = "0123456789abcdef"
 class Floats(Reward):
     name = "floats"
     wants_floats = True
+
+
+class Crowd(Reward):
+    name = "crowd"
+    workers = 1000
 
 
 class Sized(Reward):
@@ -52,6 +69,7 @@ def no_token(monkeypatch):
         (["mini-aesthetics"], 'Did you mean "mini-aesthetic"'),
         (["http://127.0.0.1:1/mean"], "is served already"),
         ([f"{__name__}:Floats"], "takes pictures as floats"),
+        ([f"{__name__}:Crowd"], "at most 64 threads, got 1000"),
         (["mini-text", "mini-text"], "given more than once"),
         (["mini-text", "--host", "0.0.0.0"], "a token is needed: --token-file"),
         (["mini-text", "--host", "192.0.2.1"], "a token is needed"),
@@ -127,7 +145,8 @@ def test_rewards_of_a_config(tmp_path):
     with pytest.raises(MarbleError, match="judges no mini-text itself"):
         start.uses_of(["mini-text"], config, {})
     desks = start.make_desks([RewardUse(reward=f"{__name__}:Sized", settings={"size": 4, "device": "cpu", "batch": 3})])
-    assert (desks[0].revision, desks[0].facts()["batch"]) == (' {"size": 4}', 3)
+    assert re.fullmatch("with settings [0-9a-f]{8}", desks[0].revision)
+    assert desks[0].facts()["batch"] == 3
     desks[0].close(1)
     with pytest.raises(MarbleError, match="reward sized: bad luck"):
         start.make_desks([RewardUse(reward=f"{__name__}:Sized", settings={"size": 13})])
@@ -141,6 +160,7 @@ def load_soak():
     return module
 
 
+@pytest.mark.slow
 def test_a_short_soak(monkeypatch):
     monkeypatch.setattr(http, "PAUSE", 0.2)
     monkeypatch.setattr(http, "REST", 0.5)
@@ -165,7 +185,7 @@ def test_https(tmp_path, monkeypatch):
     subprocess.run(["openssl", "req", *kind.split(), *names.split()], cwd=tmp_path, capture_output=True, check=True)
     files = {"certificate": tmp_path / "certificate.pem", "key": tmp_path / "key.pem"}
     app = App(start.make_desks([RewardUse(reward=f"{__name__}:Sized")]), Limits())
-    seen = []
+    monkeypatch.setattr(start, "SPEAKING", 0.2)
 
     def look(url):
         with pytest.raises(MarbleError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -174,25 +194,236 @@ def test_https(tmp_path, monkeypatch):
         http_check(url)
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(url.replace("https", "http") + "/health")
-        seen.append(url)
+        with socket.create_connection(("localhost", int(url.rpartition(":")[2]))) as silent:
+            silent.settimeout(5)
+            assert not silent.recv(1)  # no handshake came
+
+    visited(app, look, **files)
+
+
+def visited(app, look, **options):
+    """Serve in this thread, as `marble serve` does, and let another one `look(url)`; it must come to its end."""
+    seen = []
 
     def visit(url):
         try:
             look(url)
+            seen.append(url)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    scheme = "https" if "certificate" in options else "http"
     with start.listen("localhost", 0, None) as port:
-        visitor = threading.Thread(target=visit, args=(f"https://localhost:{port.getsockname()[1]}",))
+        visitor = threading.Thread(target=visit, args=(f"{scheme}://localhost:{port.getsockname()[1]}",))
         try:
-            start.serve(app, port, **files, opened=visitor.start)
+            start.serve(app, port, **options, opened=visitor.start)
         finally:
             app.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     visitor.join(10)
     assert len(seen) == 1
+
+
+def gone(connection, seconds):
+    """Whether the server closes it."""
+    connection.settimeout(seconds)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+
+
+def test_those_who_connect_and_say_nothing_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(start, "room", lambda: 16)
+    slow = Slow()
+    app = App([Desk(slow, "slow")], Limits())
+    body = pack_request("slow", pictures(3), [RED])
+
+    def look(url):
+        address = httpx.URL(url).host, httpx.URL(url).port
+        with ThreadPoolExecutor(2) as pool, ExitStack() as stack, httpx.Client(base_url=url) as client:
+            headers = {"Content-Type": "application/json"}
+            asked = [pool.submit(client.post, "/score", content=body, headers=headers) for _ in range(2)]
+            while not (slow.now and app.desks[0].length):
+                time.sleep(0.005)
+            idle = [stack.enter_context(socket.create_connection(address)) for _ in range(50)]
+            began = time.monotonic()
+            assert client.get("/health").json()["status"] == "ok"
+            assert time.monotonic() - began < 1
+            assert all(gone(connection, 1) for connection in idle[:40])  # the oldest made room
+            assert not gone(idle[-1], 0.05)
+            slow.go.set()
+            assert [answer.result().status_code for answer in asked] == [200] * 2  # those at work never do
+
+    visited(app, look)
+
+
+def test_the_head_of_a_request_must_come_in_time(monkeypatch):
+    monkeypatch.setattr(connections, "SPEAKING", 0.3)
+    app = App(start.make_desks([RewardUse(reward=f"{__name__}:Sized")]), Limits())
+
+    def look(url):
+        address = httpx.URL(url).host, httpx.URL(url).port
+        silent, slow, later = (socket.create_connection(address) for _ in range(3))
+        with silent, slow, later:
+            later.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += later.recv(1000)
+            for byte in b"GET / HTTP/1.1\r\n":
+                time.sleep(0.025)
+                try:
+                    slow.sendall(bytes([byte]))
+                    last = time.monotonic()
+                except OSError:
+                    break
+            assert gone(silent, 0.2)
+            assert gone(slow, 0.2)
+            later.settimeout(0.05)
+            time.sleep(max(0.0, last + 0.35 - time.monotonic()))
+            with pytest.raises(TimeoutError):
+                later.recv(1)  # kept for the next request, of which nothing came yet
+            later.sendall(b"G")
+            assert gone(later, 1)
+
+    visited(app, look)
+
+
+def test_room_for_connections():
+    book = connections.Connections(4)
+    made = [FakeConnection(address) for address in "aabbccc"]
+    assert [book.enter(connection) for connection in made] == [True] * 7
+    assert [connection.aborted for connection in made] == [True, True, False, False, True, False, False]
+    for connection in made[-2:]:
+        book.busy(connection)
+    assert not book.enter(FakeConnection("c"))  # two of them are at work
+    assert book.enter(FakeConnection("d"))
+    assert book.enter(FakeConnection("d"))
+    assert made[2].aborted
+    assert made[3].aborted
+    for connection in (*made, *book.every):
+        book.leave(connection)
+    assert (len(book.every), dict(book.by_address), book.idle) == (0, {}, ({}, {}))
+    first, second = FakeConnection("a"), FakeConnection("a")
+    book.enter(first), book.enter(second)
+    book.busy(first)
+    book.rest(first)
+    assert book.enter(FakeConnection("a"))
+    assert (first.aborted, second.aborted) == (False, True)  # who never asked goes before who has
+
+
+class FakeConnection:
+    """What the book needs to know of a connection."""
+
+    def __init__(self, address):
+        self.address, self.transport, self.aborted = address, self, False
+
+    def abort(self):
+        self.aborted = True
+
+
+def test_room_is_half_of_the_files(monkeypatch):
+    limits = {}
+    monkeypatch.setattr(connections.resource, "setrlimit", lambda which, pair: limits.update(set=pair))
+    for given, raised, made in (
+        ((1024, 4096), (2048, 4096), 1024),
+        ((64, 100), (100, 100), 50),
+        ((100_000, 100_000), None, 1024),
+        ((256, -1), (2048, -1), 1024),
+    ):
+        limits.clear()
+        monkeypatch.setattr(connections.resource, "getrlimit", lambda which, given=given: given)
+        assert connections.room() == made
+        assert limits.get("set") == raised
+
+
+def test_what_strangers_cause_fills_no_log(caplog):
+    logger, rarely = logging.getLogger("asyncio"), connections.Rarely()
+    logger.addFilter(rarely)
+    try:
+        for _ in range(1000):
+            try:
+                raise OSError(24, "Too many open files")
+            except OSError as error:
+                logger.error("socket.accept() out of system resource\nsocket: 100%%", exc_info=error)
+        logger.error("another: %s\nmore", "thing")
+        for n in range(150):
+            logger.error(f"thing {n}")
+    finally:
+        logger.removeFilter(rarely)
+    assert caplog.messages[:2] == ["socket.accept() out of system resource", "another: thing"]
+    assert len(caplog.messages) == 152
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+HANGING = """
+import threading
+import time
+
+import marble
+
+
+class Hanging(marble.Reward):
+    name = "hanging"
+    workers = 3
+
+    def applies(self, record):
+        if record.text == "hang":
+            threading.Thread(target=time.sleep, args=(1000,), daemon=False).start()  # Python waits for it
+            time.sleep(1000)
+        return True
+"""
+
+
+class Process:
+    """A `marble serve` of its own process."""
+
+    def __init__(self, folder, port=0):
+        (folder / "hangs.py").write_text(HANGING)
+        command = [sys.executable, "-m", "marble", "serve", "mini-aesthetic", "hangs:Hanging", "--port", str(port)]
+        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self):
+        line = self.process.stdout.readline()
+        assert line.startswith("marble: serving aesthetic, hanging on http://127.0.0.1:"), line
+        self.url = re.search(r"http://[0-9.:]+", line)[0]
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+
+def test_a_process_that_is_killed_comes_back_and_ends_when_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(http, "PAUSE", 0.1)
+    images = pictures(30, 90, 200, size=64)
+    expected = Aesthetic().score(images, [RED] * 3).tolist()
+    with Process(tmp_path) as first:
+        reward = make_reward(RewardUse(reward="aesthetic", url=first.url, settings={"retries": 8}))
+        reward.check()
+        assert reward.score(images, [RED] * 3).tolist() == expected
+        first.process.kill()
+        first.process.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        away = pool.submit(reward.score, images, [RED] * 3)
+        with Process(tmp_path, int(first.url.rpartition(":")[2])) as second:
+            assert away.result(60).tolist() == expected
+            hang = pack_request("hanging", images[:1], [Record("hang", "s")])
+            headers = {"Content-Type": "application/json"}
+            for path in ("/score", "/score", "/applies"):
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(second.url + path, content=hang, headers=headers, timeout=0.1)
+            began = time.monotonic()
+            second.process.send_signal(signal.SIGTERM)
+            assert second.process.wait(15) == 0
+            assert time.monotonic() - began < 6
 
 
 def http_check(url):

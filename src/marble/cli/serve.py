@@ -71,6 +71,7 @@ def run(argv: list[str]) -> int:
         try:
             line = _started(args, app.names, port.getsockname()[1], token)
             start.serve(app, port, certificate=args.certificate, key=args.key, opened=lambda: print(line, flush=True))
+            start.end_soon()
         finally:
             app.close()
     return 0

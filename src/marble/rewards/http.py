@@ -139,7 +139,7 @@ def ask(
         ready = [server for server in left if until[server] <= time.monotonic()]
         if not ready:
             wake = min(until[server] for server in left)
-            if wake >= deadline:
+            if wake >= deadline - (PAUSE if any(waits.values()) else 0.0):  # too late to be answered
                 break
             time.sleep(max(0.0, wake - time.monotonic()))
         for server in ready:
@@ -155,8 +155,8 @@ def ask(
                 problem, now = error, time.monotonic()
                 jitter = random.uniform(0.5, 1.5)
                 if error.busy:
-                    own = min(PAUSE * 2 ** min(waits[server], 10), LONGEST_OWN_PAUSE, (deadline - now) / 2) * jitter
-                    until[server] = now + max(own, error.pause * random.uniform(1, 1.2))
+                    own = min(PAUSE * 2 ** min(waits[server], 10), LONGEST_OWN_PAUSE, max(PAUSE, (deadline - now) / 2))
+                    until[server] = now + max(own * jitter, error.pause * random.uniform(1, 1.2))
                     waits[server] += 1
                     continue
                 until[server] = now + PAUSE * 2 ** failures[server] * jitter

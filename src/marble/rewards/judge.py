@@ -25,7 +25,7 @@ from torch import Tensor
 from marble.errors import MarbleError, nearest
 from marble.prompts import Record
 from marble.rewards.base import Facts, Reward
-from marble.rewards.http import RefusedError, Server, UnansweredError, ask, check_url
+from marble.rewards.http import RefusedError, Server, UnansweredError, ask, check_url, warn_if_open
 from marble.rewards.wire import to_png
 
 TEMPLATE = """Caption: {prompt}
@@ -78,7 +78,7 @@ class Judge(Reward):
         max_tokens: int = 512,
         key_variable: str | None = None,
         retries: int = 3,
-        answer_within: float = 120.0,
+        answer_within: float | None = None,
     ) -> None:
         """Of an endpoint.
 
@@ -92,8 +92,10 @@ class Judge(Reward):
             square: every picture is stretched to `size` × `size`.
             max_tokens: of the answer.
             key_variable: name of the environment variable with the endpoint's key.
-            retries: how often a question without an answer is asked again, after growing pauses.
-            answer_within: seconds for one answer.
+            retries: how often a question is asked again that did not reach the endpoint or that it failed on, after
+                growing pauses; a busy endpoint (429 or 503 with Retry-After) is asked until `timeout` is over.
+            answer_within: seconds for one answer, after which the score is missing; what `timeout` leaves, if not
+                given.
 
         Raises:
             MarbleError: a setting does not fit.
@@ -108,7 +110,7 @@ class Judge(Reward):
         if self.pattern.groups != 1:
             raise MarbleError(f"{where}.pattern: must have one group, the number; {pattern!r} does not")
         for field, value in (("divide_by", divide_by), ("max_tokens", max_tokens), ("answer_within", answer_within)):
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise MarbleError(f"{where}.{field}: must be positive, got {value}")
         if size is not None and size < 1:
             raise MarbleError(f"{where}.size: must be at least 1, got {size}")
@@ -144,7 +146,7 @@ class Judge(Reward):
         if self._prepared:
             return
         advice = {401: self._advice, 404: "; settings.url usually ends with /v1"}
-        within = min(30.0, self.answer_within)
+        within = min(30.0, self.answer_within or self.timeout)
         try:
             served = ask(
                 [self._connect()],
@@ -153,7 +155,6 @@ class Judge(Reward):
                 read=_models,
                 retries=min(self.retries, 1),
                 within=within,
-                answer_within=within,
                 advice=advice,
             )
         except UnansweredError as error:
@@ -183,8 +184,11 @@ class Judge(Reward):
                 problems.append(error)
                 return math.nan
 
-        with ThreadPoolExecutor(max(1, min(self.workers, len(images)))) as pool:
-            scores = list(pool.map(one, images, records))
+        if len(images) == 1:  # as the run has it, whose own threads ask at once
+            scores = [one(images[0], records[0])]
+        else:
+            with ThreadPoolExecutor(max(1, min(self.workers, len(images)))) as pool:
+                scores = list(pool.map(one, images, records))
         if scores and len(problems) == len(scores):
             raise problems[0]
         return torch.tensor(scores, dtype=torch.float64)
@@ -236,7 +240,9 @@ class Judge(Reward):
         """The endpoint; connections are made on first use, as many as there are workers then."""
         with self._lock:
             if self._server is None:
-                self._server = Server(self.url, token=self._key(), connections=max(self.workers, 1))
+                key = self._key()
+                warn_if_open(self.url, key, self.key_variable)
+                self._server = Server(self.url, token=key, connections=max(self.workers, 1))
             return self._server
 
     def _key(self) -> str | None:
@@ -281,7 +287,7 @@ class UnifiedReward(Judge):
         max_tokens: int = 512,
         key_variable: str | None = None,
         retries: int = 3,
-        answer_within: float = 120.0,
+        answer_within: float | None = None,
     ) -> None:
         """As `Judge`, with the question, the pattern, the scale and the size of the published runs."""
         super().__init__(

@@ -1,8 +1,11 @@
 """Pictures and prompts on their way to a reward on a server, and scores on their way back.
 
 Pictures travel as 8-bit PNGs, which lose nothing, and scores as JSON numbers, which hold every float64 exactly: what a
-server answers is what it computed, bit for bit. Nothing that is read here can run code, or take more memory than is
-allowed it.
+server answers is what it computed, bit for bit.
+
+Nothing that is read here can run code. JSON takes up to some thirty times its length once it is read, so it may have
+`MOST_JSON` bytes; a request's larger pictures are cut out before and not counted, as they take their own length. What
+they take unpacked is known from their heads and bounded before anything is.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +30,14 @@ from marble.prompts import Record
 
 MOST_PIXELS = 2**26
 """Of one picture: 8192 × 8192."""
+MOST_JSON = 4 * 2**20
+"""Bytes of a message, the larger pictures of a request to score apart."""
+MOST_RECORDS = 10_000
+"""Prompts in one message."""
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 END = b"\0\0\0\0IEND\xaeB`\x82"
+_LARGE = re.compile(rb'(?<!\\)"([A-Za-z0-9+/]{4096,}={0,2})"')
+_PLACE = re.compile(r"\0([0-9]{1,6})")
 
 
 class WireError(MarbleError):
@@ -45,7 +55,7 @@ class Asked:
 
     reward: str
     records: list[Record]  # [N]
-    images: list[list[str]]  # [N][F] base64; F is 1 for a picture
+    images: list[list[str | bytes]]  # [N][F] base64; F is 1 for a picture
     videos: bool
 
 
@@ -116,8 +126,10 @@ def unpack(body: bytes | bytearray) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        WireError: it is none.
+        WireError: it is none, or of more than `MOST_JSON` bytes.
     """
+    if len(body) > MOST_JSON:
+        raise WireError(f"the body: at most {MOST_JSON} bytes are taken beside large pictures, got {len(body)}", 413)
     try:
         message = json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -151,6 +163,8 @@ def unpack_records(message: dict[str, Any]) -> list[Record]:
     rows = message.get("records")
     if not isinstance(rows, list):
         raise WireError("records: a list is needed")
+    if len(rows) > MOST_RECORDS:
+        raise WireError(f"records: at most {MOST_RECORDS}, got {len(rows)}", 413)
     for at, row in enumerate(rows):
         fits = isinstance(row, dict) and isinstance(row.get("text"), str) and isinstance(row.get("source", ""), str)
         if not fits or not isinstance(row.get("targets", {}), dict):
@@ -164,7 +178,13 @@ def unpack_request(body: bytes | bytearray) -> Asked:
     Raises:
         WireError: it does not have the form of one.
     """
-    message = unpack(body)
+    cut: list[bytes] = []
+
+    def place(found: re.Match[bytes]) -> bytes:
+        cut.append(found[1])
+        return b'"\\u0000%d"' % (len(cut) - 1)
+
+    message = unpack(_LARGE.sub(place, body))
     name, records, images = unpack_name(message), unpack_records(message), message.get("images")
     if not isinstance(images, list):
         raise WireError("images: a list is needed")
@@ -178,7 +198,21 @@ def unpack_request(body: bytes | bytearray) -> Asked:
         raise WireError("images: each is a base64 PNG, or each a list of them, the frames of a video")
     if len({len(row) for row in rows}) > 1:
         raise WireError("images: the videos of a request have equally many frames")
-    return Asked(name, records, rows, videos)
+    filled = [[_filled(frame, cut) for frame in row] for row in rows]
+    if any(cut):
+        raise WireError("the body: has a word of over 4000 letters that is no image")
+    return Asked(name, records, filled, videos)
+
+
+def _filled(frame: str, cut: list[bytes]) -> str | bytes:
+    """The picture that was cut out there."""
+    if not (place := _PLACE.fullmatch(frame)):
+        return frame
+    at = int(place[1])
+    if at >= len(cut) or not cut[at]:
+        raise WireError("images: one is not base64", 400)
+    picture, cut[at] = cut[at], b""
+    return picture
 
 
 def decode_images(asked: Asked, most_bytes: int) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -16,17 +17,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
-from torch import Tensor
 
 from marble.errors import nearest
-from marble.rewards import wire
-from marble.rewards.judging import applies_to
-from marble.serve.desk import WAITING, Desk, FullError, Job, JudgingError, by_name
+from marble.rewards import Reward, wire
+from marble.serve.desk import APPLYING, WAITING, Desk, FullError, JudgingError, by_name
 from marble.serve.door import Door, Limits, Problem, read_body
+from marble.serve.lane import Call, Lane
 from marble.serve.metrics import Metrics
 
-MOST_RECORDS = 10_000
-"""In one request."""
 UNPACKED = 4
 """Bytes of pictures, unpacked, for each byte that a body may have: flat pictures pack well, bombs better."""
 Made = TypeVar("Made")
@@ -41,7 +39,7 @@ class App:
         self.names, self._by_name = [desk.reward.name for desk in desks], by_name(desks)
         self._bodies = 0
         # apart from the judging, or a body that is unpacked would wait for a reward
-        self._aside = ThreadPoolExecutor(2, thread_name_prefix="unpacking")
+        self._aside = Lane("unpacking", 2)
         self.paths = {"/health", "/rewards", "/applies", "/score", "/metrics"}
         routes = [
             Route("/health", self.health, methods=["GET"]),
@@ -69,62 +67,62 @@ class App:
 
     async def applies(self, request: Request) -> Response:
         """Which prompts a reward can judge."""
-        body = await self._body(request)
-        message = await self._apart(wire.unpack, body)
-        desk, records = self._desk(wire.unpack_name, message), _fitting(wire.unpack_records, message)
-        if len(records) > MOST_RECORDS:
-            raise Problem(413, f"records: at most {MOST_RECORDS}, got {len(records)}")
-        try:
-            flags = await self._apart(applies_to, desk.reward, records)
-        except Problem:
-            raise
-        except Exception as error:
-            raise Problem(500, str(JudgingError(error))) from error
+        with self._room():
+            message = await self._apart(wire.unpack, await self._body(request, wire.MOST_JSON))
+            desk, records = self._desk(wire.unpack_name, message), _fitting(wire.unpack_records, message)
+            del message
+            flags = await self._outcome(request, desk.ask(records), APPLYING)
         return JSONResponse({"applies": flags})
 
     async def score(self, request: Request) -> Response:
-        """What a reward says of pictures; all of a request in one call."""
-        if self._bodies >= WAITING * len(self.desks):
-            raise Problem(503, "too many requests at once", 1)
-        self._bodies += 1
-        try:
-            body = await self._body(request)
+        """What a reward says of pictures, all of a request in one call; null where it does not apply."""
+        with self._room():
+            body = await self._body(request, self.limits.most_bytes)
             digest = hashlib.sha256(body).hexdigest()
             asked = await self._apart(wire.unpack_request, body)
             del body
             desk = self._desk(lambda asked: asked.reward, asked)
             desk.check_room()
             images = await self._apart(wire.decode_images, asked, UNPACKED * self.limits.most_bytes)
-            job = desk.submit(images, asked.records)
+            call = desk.submit(images, asked.records)
             name = asked.reward
             del images, asked
-            scores = await self._outcome(request, desk, job)
+            scores = await self._outcome(request, call, float(getattr(desk.reward, "timeout", Reward.timeout)))
+        return JSONResponse(
+            {"reward": name, "revision": desk.revision, "digest": digest, "scores": wire.pack_scores(scores)}
+        )
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """For one more body."""
+        if self._bodies >= WAITING * len(self.desks):
+            raise Problem(503, "too many requests at once", 1)
+        self._bodies += 1
+        try:
+            yield
         except FullError as error:
             raise Problem(503, "too many requests wait for this reward", 1) from error
         except JudgingError as error:
             raise Problem(500, str(error)) from error
         finally:
             self._bodies -= 1
-        return JSONResponse(
-            {"reward": name, "revision": desk.revision, "digest": digest, "scores": wire.pack_scores(scores)}
-        )
 
     def close(self) -> None:
-        """Let all threads end."""
-        self._aside.shutdown(wait=False, cancel_futures=True)
+        """Let all threads end, within a second; those that hang are left behind."""
+        until = time.monotonic() + 1.0
+        self._aside.close(0.0)
         for desk in self.desks:
-            desk.close(5.0)
+            desk.close(max(0.0, until - time.monotonic()))
 
     def _count(self, path: str, status: int) -> None:
         self.metrics.requests[path if path in self.paths else "other", status] += 1
 
-    async def _body(self, request: Request) -> bytearray:
-        return await read_body(request, self.limits.most_bytes)
+    async def _body(self, request: Request, most: int) -> bytearray:
+        return await read_body(request, min(most, self.limits.most_bytes))
 
     async def _apart(self, work: Callable[..., Made], *arguments: Any) -> Made:
         """Done in a thread, so that others are answered meanwhile."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._aside, functools.partial(_fitting, work, *arguments))
+        return await self._aside.do(functools.partial(_fitting, work, *arguments))
 
     def _desk(self, name_of: Callable[[Any], str], message: Any) -> Desk:
         name = _fitting(name_of, message)
@@ -134,22 +132,21 @@ class App:
             )
         return self._by_name[name]
 
-    async def _outcome(self, request: Request, desk: Desk, job: Job) -> Tensor:
-        """Wait for a job, as long as the reward may take and as the client waits."""
-        seconds = float(getattr(desk.reward, "timeout", 600.0))
+    async def _outcome(self, request: Request, call: Call[Made], seconds: float) -> Made:
+        """Wait for what a reward says, as long as it may take and as the client waits."""
         gone = asyncio.ensure_future(_gone(request))
-        first: set[asyncio.Future[Any]] = {job.done, gone}
+        first: set[asyncio.Future[Any]] = {call.done, gone}
         try:
             await asyncio.wait(first, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
-            job.abandoned = not job.done.done()
-        if job.abandoned:
-            job.done.cancel()
+            call.abandoned = not call.done.done()
+        if call.abandoned:
+            call.done.cancel()
             if gone.done() and not gone.cancelled():
                 raise Problem(499, "the client has gone")
             raise Problem(504, f"the reward did not answer within {seconds:g} s")
-        return job.done.result()
+        return call.done.result()
 
 
 async def _gone(request: Request) -> None:

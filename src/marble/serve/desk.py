@@ -2,56 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
+import hashlib
 import json
 import logging
-import queue
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from marble.prompts import Record
 from marble.rewards import Reward
-from marble.rewards.judging import judge
+from marble.rewards.judging import applies_to, judge
+from marble.serve.lane import Call, Lane
 
 log = logging.getLogger("marble")
 
 WAITING = 16
 """Requests that wait for one reward; further ones are told to come again."""
+APPLYING = 60.0
+"""Seconds that a reward may take to say to which prompts of a request it applies."""
 _NOT_OF_THE_MODEL = ("name", "batch", "workers", "timeout", "device")
 
 
 class FullError(Exception):
     """Too many wait already."""
-
-
-class Job:
-    """One request; `done` gets its scores `[N]` float64, or what the reward raised."""
-
-    def __init__(self, images: Tensor, records: list[Record]) -> None:
-        """Made in the event loop that is to be told."""
-        self.images, self.records = images, records
-        self.loop = asyncio.get_running_loop()
-        self.done: asyncio.Future[Tensor] = self.loop.create_future()
-        self.abandoned = False  # nobody waits any more
-
-    def tell(self, scores: Tensor | None, error: JudgingError | None) -> None:
-        """Called from the thread that judged."""
-        try:
-            self.loop.call_soon_threadsafe(self._settle, scores, error)
-        except RuntimeError:  # the server has stopped
-            log.debug("an answer came after the end")
-
-    def _settle(self, scores: Tensor | None, error: JudgingError | None) -> None:
-        if self.done.done():
-            return
-        if error is not None:
-            self.done.set_exception(error)
-        elif scores is not None:
-            self.done.set_result(scores)
 
 
 class JudgingError(Exception):
@@ -64,7 +42,8 @@ class JudgingError(Exception):
 
 
 class Desk:
-    """A reward and its queue. `score` runs in one thread, or in as many as the reward has workers.
+    """A reward and its queues: `score` runs in one thread, or in as many as the reward has workers, `applies` in
+    another.
 
     A request is judged in one call and never together with another: what else is in a batch shows in the last bits.
     """
@@ -74,19 +53,14 @@ class Desk:
         self.reward, self.served_as = reward, served_as
         self.revision = revision_of(reward)
         self.images, self.seconds = 0, 0.0
-        self._waiting: queue.Queue[Job | None] = queue.Queue()
         self._lock = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"reward {reward.name}", daemon=True)
-            for _ in range(max(1, getattr(reward, "workers", 0)))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._judging = Lane(f"reward {reward.name}", max(1, getattr(reward, "workers", 0)))
+        self._applying = Lane(f"reward {reward.name}: applies")
 
     @property
     def length(self) -> int:
         """Requests waiting."""
-        return self._waiting.qsize()
+        return self._judging.length
 
     def check_room(self) -> None:
         """See whether another request may wait.
@@ -97,16 +71,24 @@ class Desk:
         if self.length >= WAITING:
             raise FullError
 
-    def submit(self, images: Tensor, records: list[Record]) -> Job:
+    def submit(self, images: Tensor, records: list[Record]) -> Call[Tensor]:
         """Have pictures judged, after those of earlier requests.
 
         Raises:
             FullError: too many wait already.
         """
         self.check_room()
-        job = Job(images, records)
-        self._waiting.put(job)
-        return job
+        return self._judging.submit(functools.partial(self._judge, images, records))
+
+    def ask(self, records: list[Record]) -> Call[list[bool]]:
+        """Have the reward say which of `records` it can judge.
+
+        Raises:
+            FullError: too many wait already.
+        """
+        if self._applying.length >= WAITING:
+            raise FullError
+        return self._applying.submit(functools.partial(self._apply, records))
 
     def facts(self) -> dict[str, Any]:
         """What a client must know, as JSON."""
@@ -116,7 +98,7 @@ class Desk:
             "served_as": self.served_as,
             "groupwise": bool(getattr(reward, "groupwise", False)),
             "judges_videos": bool(getattr(reward, "judges_videos", False)),
-            "cached": bool(getattr(reward, "cached", False)),
+            "cached": bool(getattr(reward, "cached", False) and getattr(reward, "revision", "")),
             "batch": int(getattr(reward, "batch", Reward.batch)),
             "revision": self.revision,
             "about": getattr(reward, "about", ""),
@@ -124,35 +106,50 @@ class Desk:
 
     def close(self, seconds: float) -> None:
         """Let the threads end; what hangs is left behind."""
-        for _ in self._threads:
-            self._waiting.put(None)
-        for thread in self._threads:
-            thread.join(seconds)
+        self._applying.close(0.0)
+        self._judging.close(seconds)
 
-    def _work(self) -> None:
-        while (job := self._waiting.get()) is not None:
-            if not job.abandoned:
-                self._judge(job)
-            del job  # or its images would be kept until the next one comes
-
-    def _judge(self, job: Job) -> None:
-        began, scores, problem = time.perf_counter(), None, None
+    def _apply(self, records: list[Record]) -> list[bool]:
         try:
-            scores = judge(self.reward, job.images, job.records, None)
+            return applies_to(self.reward, records)
+        except BaseException as error:
+            raise self._told(error) from None
+
+    def _judge(self, images: Tensor, records: list[Record]) -> Tensor:
+        """`[N]` float64; NaN for prompts to which the reward does not apply, whatever the client thinks."""
+        began, scores = time.perf_counter(), torch.full((len(records),), torch.nan, dtype=torch.float64)
+        fit: list[int] = []
+        try:
+            fit = [at for at, applies in enumerate(applies_to(self.reward, records)) if applies]
+            if len(fit) == len(records):
+                return judge(self.reward, images, records, None)
+            if fit:
+                scores[fit] = judge(self.reward, images[fit], [records[at] for at in fit], None)
+            return scores
         except BaseException as error:  # a reward's mistake, whatever it is, must not end its thread
-            problem = JudgingError(error)
-            log.warning("reward %s: %s", self.reward.name, problem)
-        with self._lock:
-            self.images += len(job.records)
-            self.seconds += time.perf_counter() - began
-        job.tell(scores, problem)
+            raise self._told(error) from None
+        finally:
+            with self._lock:
+                self.images += len(fit)
+                self.seconds += time.perf_counter() - began
+
+    def _told(self, error: BaseException) -> JudgingError:
+        """For the client; the log gets no message, which may quote a prompt."""
+        log.warning("reward %s: %s", self.reward.name, type(error).__name__)
+        return JudgingError(error)
 
 
 def revision_of(reward: Reward) -> str:
-    """The reward's own with its settings: scores under other settings are other scores."""
+    """The reward's own with its settings, as scores under other settings are other scores.
+
+    Of the settings only a hash: they may hold a key or an address, and revisions are written down.
+    """
     settings = {name: value for name, value in getattr(reward, "settings", {}).items() if name not in _NOT_OF_THE_MODEL}
     own = getattr(reward, "revision", "")
-    return own + (f" {json.dumps(settings, sort_keys=True, default=str)}" if settings else "")
+    if not settings:
+        return own
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return f"{own} with settings {digest}".strip()
 
 
 def by_name(desks: Sequence[Desk]) -> dict[str, Desk]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -22,6 +22,7 @@ CLIENTS = 1024
 """Addresses whose rate is remembered."""
 READING = 120.0
 """Seconds in which a body must have come."""
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{0,5})?", re.IGNORECASE | re.ASCII)
 DRAINING = 5.0
 """Seconds for which the body of a refused request is taken in."""
 
@@ -97,7 +98,7 @@ class Door:
             await send(message)
 
         try:
-            self._check(request)
+            self._check(request, scope["path"])
         except Problem as problem:
             await drain(request, self.limits.most_bytes)
             await problem.response()(scope, receive, counted)
@@ -107,14 +108,19 @@ class Door:
         except ClientDisconnect:
             self.count(scope["path"], 499)
         except Exception as error:
-            log.warning("%s %s failed: %s", scope["method"], scope["path"], type(error).__name__)
+            log.warning("%r %r failed: %s", scope["method"], scope["path"][:100], type(error).__name__)
             if not started:
                 await Problem(500, "the server failed").response()(scope, receive, counted)
 
-    def _check(self, request: Request) -> None:
-        if self.limits.local and not is_loopback(_host(request.headers.get("host", ""))):
+    def _check(self, request: Request, path: str) -> None:
+        """`path` as it will be routed: a request's URL is made of its Host too, which is the client's to choose."""
+        hosts = request.headers.getlist("host")
+        found = [_HOST.fullmatch(host) for host in hosts]
+        if len(hosts) > 1 or (hosts != [""] and None in found):
+            raise Problem(400, "Host: one name or address is needed")
+        if self.limits.local and not any(host and is_loopback(host[1]) for host in found):
             raise Problem(403, "Host: this server answers to localhost, 127.0.0.1 and [::1] only")
-        if request.url.path == "/health":
+        if path == "/health":
             return
         if self.rates is not None and (wait := self.rates.wait(request.client.host if request.client else "")):
             raise Problem(429, f"more than {self.rates.rate:g} requests a second", max(1, round(wait)))
@@ -133,13 +139,6 @@ class Door:
 def too_large(most: int) -> Problem:
     """Says how much is taken."""
     return Problem(413, f"a body may have {most} bytes, {most / 2**20:g} MB")
-
-
-def _host(header: str) -> str:
-    try:
-        return urlsplit(f"//{header}").hostname or ""
-    except ValueError:
-        return ""
 
 
 async def read_body(request: Request, most: int) -> bytearray:

@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import ssl
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from marble.rewards import Reward, check_rewards, load_rewards, prepare_rewards
 from marble.rewards.http import is_loopback
 from marble.rewards.remote import TOKEN
 from marble.serve.app import App
+from marble.serve.connections import SPEAKING, Connections, Guarded, Rarely, room
 from marble.serve.desk import Desk
 
 log = logging.getLogger("marble")
@@ -29,6 +32,10 @@ SHORTEST = 16
 """Characters of a token."""
 FAREWELL = 10
 """Seconds that requests under way have once the server is told to stop."""
+THREADS = 64
+"""Of one reward at most, as of one that a run judges itself."""
+LAST = 2.0
+"""Seconds after that in which the process ends by itself, or is ended."""
 
 
 def read_token(file: Path | None) -> str | None:
@@ -94,7 +101,7 @@ def make_desks(uses: Sequence[RewardUse]) -> list[Desk]:
     """Load everything.
 
     Raises:
-        MarbleError: a reward cannot be had, or wants floats.
+        MarbleError: a reward cannot be had, wants floats, or has too many workers.
     """
     rewards: list[Reward] = load_rewards(list(uses))
     for reward in rewards:
@@ -102,6 +109,11 @@ def make_desks(uses: Sequence[RewardUse]) -> list[Desk]:
             raise MarbleError(
                 f"reward {reward.name}: takes pictures as floats, which are rounded to 8 bits on the way to a server: "
                 "its scores would differ; let the run judge it itself"
+            )
+        if getattr(reward, "workers", 0) > THREADS:
+            raise MarbleError(
+                f"reward {reward.name}: settings.workers: a served reward has at most {THREADS} threads, got "
+                f"{reward.workers}"
             )
     check_rewards(rewards)
     prepare_rewards(rewards)
@@ -157,12 +169,12 @@ def serve(
         access_log=False,
         server_header=False,
         proxy_headers=False,  # or a client could choose the address by which its rate is measured
+        h11_max_incomplete_event_size=2**15,  # bytes of a request's head
         timeout_keep_alive=75,  # longer than clients keep connections, or they would meet closed ones
         timeout_graceful_shutdown=FAREWELL,
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
         config.load()
     except (ssl.SSLError, OSError) as error:
@@ -170,13 +182,41 @@ def serve(
     # uvicorn raises the signal that ended it once more when all is done; to end well is no error
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: None)
-    asyncio.run(_run(uvicorn.Server(config), port, opened))
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    noisy, rarely = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")], Rarely()
+    for logger in noisy:
+        logger.addFilter(rarely)
+    try:
+        asyncio.run(_run(uvicorn.Server(config), port, opened))
+    finally:
+        for logger in noisy:
+            logger.removeFilter(rarely)
 
 
 async def _run(server: uvicorn.Server, port: socket.socket, opened: Callable[[], None]) -> None:
-    running = asyncio.ensure_future(server.serve(sockets=[port]))
+    running = asyncio.ensure_future(server.serve(sockets=[]))
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
     if server.started:
+        book, tls = Connections(room()), server.config.ssl
+        listening = await asyncio.get_running_loop().create_server(
+            lambda: Guarded(config=server.config, server_state=server.server_state, app_state={}, book=book),
+            sock=port,
+            ssl=tls,
+            ssl_handshake_timeout=None if tls is None else SPEAKING,
+        )
+        server.servers.append(listening)  # for uvicorn to close
         opened()
     await running
+
+
+def end_soon() -> None:
+    """End the process if it has not ended within `LAST` seconds: a reward's thread may hang, and hold it up."""
+
+    def end() -> None:
+        sys.stdout.flush()
+        os._exit(0)
+
+    timer = threading.Timer(LAST, end)
+    timer.daemon = True
+    timer.start()
