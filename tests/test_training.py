@@ -213,9 +213,7 @@ def test_served_rewards_make_the_same_run_bit_for_bit(whole, tmp_path):
     terms = read_config(demo_config_path())["rewards"]
     names = [term["reward"] for term in terms]
     with serving(*names) as (url, _):
-        for term in terms:
-            term |= {"url": url, "settings": {"name": term["reward"].removeprefix("mini-")}}  # as here
-        remote = train(tiny(rewards=terms), tmp_path / "run")
+        remote = train(tiny(rewards=[term | {"url": url} for term in terms]), tmp_path / "run")
     assert lines(remote) == lines(whole)
     for part in ("before", "after"):  # another test writes to its other contents
         assert remote.evaluation()[part]["scores"] == whole.evaluation()[part]["scores"]
@@ -235,7 +233,7 @@ def test_a_server_that_dies_costs_its_scores_and_no_more(tmp_path, caplog):
                 process.kill()
             return False
 
-        with pytest.raises(MarbleError, match="no score of mini-aesthetic in 4 updates in a row or more"):
+        with pytest.raises(MarbleError, match="no score of aesthetic in 4 updates in a row or more"):
             train(
                 config.model_copy(update={"budget": config.budget.model_copy(update={"updates": 20})}),
                 tmp_path / "run",
@@ -244,7 +242,7 @@ def test_a_server_that_dies_costs_its_scores_and_no_more(tmp_path, caplog):
     rows = Run(tmp_path / "run").metrics()[1:]
     assert [row["update"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert ["missing" in row for row in rows] == [False, False, True, True, True, True]
-    assert rows[2]["reward"]["mini-aesthetic"] is None
+    assert rows[2]["reward"]["aesthetic"] is None
     assert all(row["reward"]["alignment"] is not None for row in rows)
-    assert "reward mini-aesthetic: no score for 12 of 12 images" in caplog.text
+    assert "reward aesthetic: no score for 12 of 12 images" in caplog.text
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").exists()

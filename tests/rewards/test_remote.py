@@ -453,7 +453,7 @@ def test_one_answer_may_take_as_long_as_the_reward(playing, monkeypatch):
 def test_a_lost_connection_is_tried_again():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         reward = remote("mean", f"http://127.0.0.1:{listening.getsockname()[1]}", retries=2)
-        reward._learn(remote_module.Served(False, False, False, 64, "mean 1", ""))
+        reward._learn(remote_module.Served("mean", True, False, False, False, 64, "mean 1", ""))
         taken = []
 
         def hang_up():

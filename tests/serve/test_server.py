@@ -68,6 +68,7 @@ def test_health_and_rewards(served):
         "batch": 5,
         "revision": "mean 1",
         "about": "mean of all values",
+        "needs_prompt": True,
     }
     assert rows["together"]["groupwise"]
     assert rows["clip"]["judges_videos"]

@@ -36,6 +36,8 @@ PIECE = 1000
 class Served:
     """What a server says of one of its rewards."""
 
+    name: str
+    needs_prompt: bool
     groupwise: bool
     judges_videos: bool
     cached: bool
@@ -292,16 +294,20 @@ class Remote(Reward):
                     f"It serves: {', '.join(known) or 'none'}"
                 )
             row = named[self.served]
+            told = str(row["name"]), bool(row.get("needs_prompt", True))
             flags = bool(row["groupwise"]), bool(row["judges_videos"]), bool(row["cached"])
-            return Served(*flags, int(row["batch"]), str(row["revision"]), str(row["about"]))
+            return Served(*told, *flags, int(row["batch"]), str(row["revision"]), str(row["about"]))
         except (KeyError, TypeError, ValueError) as error:
             raise RefusedError(f"{response.url} is no marble server, or one of another version") from error
 
     def _learn(self, served: Served) -> None:
         self.groupwise, self.judges_videos, self.cached = served.groupwise, served.judges_videos, served.cached
         self.revision, self.about = served.revision, served.about or type(self).about
+        self.needs_prompt = served.needs_prompt
         if "batch" not in self.settings:
             self.batch = served.batch
+        if "name" not in self.settings:
+            self.name = served.name  # as it would be called here
         self._known = served
 
 

@@ -102,6 +102,7 @@ class Desk:
             "batch": int(getattr(reward, "batch", Reward.batch)),
             "revision": self.revision,
             "about": getattr(reward, "about", ""),
+            "needs_prompt": bool(getattr(reward, "needs_prompt", True)),
         }
 
     def close(self, seconds: float) -> None:

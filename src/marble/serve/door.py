@@ -126,8 +126,10 @@ class Door:
             raise Problem(429, f"more than {self.rates.rate:g} requests a second", max(1, round(wait)))
         if self.limits.token is not None:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
-            if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.limits.token.encode()):
+            if kind.lower() != "bearer":
                 raise Problem(401, "a token is needed: Authorization: Bearer …")
+            if not hmac.compare_digest(given.strip().encode(), self.limits.token.encode()):
+                raise Problem(401, "the token is not this server's")
         if request.method == "POST":
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise Problem(415, "Content-Type must be application/json")
