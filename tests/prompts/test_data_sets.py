@@ -10,7 +10,7 @@ from marble.config import PromptSource
 from marble.prompts import load_source, needs_download
 from marble.prompts.data_sets import DataSet, pickscore
 
-from .writing import folder, texts, things, written
+from .writing import folder, texts, things
 
 GENEVAL = {"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "a photo of two benchs"}
 

@@ -133,9 +133,7 @@ def test_preprocessing_as_later_processors_save_it(folder, tmp_path):
 def test_preprocessing_that_cannot_be_done(change, folder):
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(
-        MarbleError, match=r'settings.source: ".*config.json" does not say what a CLIP needs'
-    ):
+    with pytest.raises(MarbleError, match=r'settings.source: ".*config.json" does not say what a CLIP needs'):
         CLIPScore(source=str(folder)).prepare()
 
 
