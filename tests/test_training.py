@@ -51,6 +51,11 @@ def test_a_run_leaves_everything_behind(whole):
     assert [row["update"] for row in rows if "held_out" in row] == [0, 2, 4]
     assert [row.get("refreshed") for row in rows[1:]] == [True, False, False, False]
     assert all(abs(sum(row["alpha"]) - 1) < 1e-9 for row in rows[1:])
+    for row in rows[1:]:
+        assert set(row["time"]) == {"rollout", "rewards", "elapsed", "judging", "hidden"}
+        assert set(row["time"]["judging"]) == set(row["reward"])
+        assert row["time"]["hidden"] == 0  # none of these has threads of its own
+        assert 0 < sum(row["time"]["judging"].values()) <= row["time"]["rewards"]
     evaluation = whole.evaluation()
     assert set(evaluation["gains"]) == {*evaluation["training_rewards"], *evaluation["held_out_rewards"]}
     assert len(evaluation["before"]["scores"]) == 12

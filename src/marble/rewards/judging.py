@@ -7,6 +7,7 @@ were and wherever it judges: in line, in threads, or on a server.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import Counter
@@ -35,6 +36,10 @@ class _Portion:
     rows: Tensor  # [M] int64, rising
     job: Job | None = None
     keys: list[bytes] = field(default_factory=list)
+
+    def of(self, pictures: list[Tensor]) -> Tensor:
+        """`[M, …]`: its own among all."""
+        return torch.stack([pictures[i] for i in self.rows.tolist()])
 
 
 class Judging:
@@ -113,18 +118,20 @@ class Judging:
         for portion in portions:
             if portion.job is not None or int(portion.rows[-1]) >= len(pictures):
                 continue
-            images = torch.stack([pictures[i] for i in portion.rows.tolist()])
-            records = [self.records[i] for i in portion.rows.tolist()]
-            portion.job = self._known(reward, portion, images, records)
-            if portion.job is None:
-                portion.job = Job(lambda i=images, r=records: judge(reward, i, r, self.frames))  # type: ignore[misc]
+            portion.job = self._known(reward, portion, pictures)
+            if portion.job is None:  # pictures are put together when their turn comes: there may be many in waiting
+                portion.job = Job(functools.partial(self._judge, reward, portion, pictures))
                 Crew.of(reward, max(1, getattr(reward, "workers", 0))).submit(portion.job)
 
-    def _known(self, reward: Reward, portion: _Portion, images: Tensor, records: list[Record]) -> Job | None:
+    def _judge(self, reward: Reward, portion: _Portion, pictures: list[Tensor]) -> Tensor:
+        return judge(reward, portion.of(pictures), [self.records[i] for i in portion.rows.tolist()], self.frames)
+
+    def _known(self, reward: Reward, portion: _Portion, pictures: list[Tensor]) -> Job | None:
         """A finished job if all scores of the portion stand in the cache: part of it would make another batch."""
         if self.cache is None or not self.cache.holds(reward):
             return None
-        portion.keys = self.cache.keys(reward, images, records, self.frames)
+        records = [self.records[i] for i in portion.rows.tolist()]
+        portion.keys = self.cache.keys(reward, portion.of(pictures), records, self.frames)
         known = self.cache.get(portion.keys)
         if known is None:
             return None
