@@ -16,11 +16,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/marble demo
 
+# A process a core, whole files each: fixtures are made once.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q -m ""
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check

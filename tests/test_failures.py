@@ -9,6 +9,8 @@ from marble import MarbleError, Policy, Reward, Run, train
 from marble.cli import main
 from marble.config import make_config
 from marble.policy import sampling
+from marble.rewards import RewardTable
+from marble.rewards.absence import Absence
 from marble.setup import check_config
 
 from .pipelines import build, call_of
@@ -288,11 +290,36 @@ def test_early_stop_waits_for_a_reward_that_gives_no_score(flaky, tmp_path, monk
     values["held_out_rewards"] = [values["rewards"].pop()["reward"]]
     values["evaluation"] |= {"every": 1, "early_stop": "flaky"}
     monkeypatch.setattr(Flaky, "alive", range(1, 2))
-    run = train(make_config(values | {"budget": {"updates": 3}}), tmp_path / "run")
-    rows = run.metrics()
+    config, out = make_config(values | {"budget": {"updates": 3}}), tmp_path / "run"
+    with pytest.raises(MarbleError, match=r"no score of flaky for any of the pictures made after training .* --resume"):
+        train(config, out)
+    rows = Run(out).metrics()
     assert [row["update"] for row in rows] == [0, 1, 2, 3]
     assert [row["held_out"]["flaky"] for row in rows[1:]] == [None] * 3
     assert [row["held_out_missing"] for row in rows[1:]] == [{"flaky": 4}] * 3
-    evaluation = run.evaluation()
-    assert evaluation["after"]["missing"] == {"flaky": 4}
-    assert set(evaluation["gains"]) == {"bright"}
+    assert "after" not in Run(out).evaluation()
+    assert (out / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    monkeypatch.setattr(Flaky, "alive", range(1, 10**6))  # mended: nothing is trained anew
+    run = train(config, out, resume=True)
+    assert [row["update"] for row in run.metrics()] == [0, 1, 2, 3]
+    assert set(run.evaluation()["gains"]) == {"bright", "flaky"}
+
+
+def test_another_revision_than_at_the_start_is_told_of(flaky, tmp_path, caplog, monkeypatch):
+    out = tmp_path / "run"
+    train(flaky, out, watch=lambda metrics: True)
+    monkeypatch.setattr(Flaky, "revision", "2", raising=False)
+    monkeypatch.setattr(Flaky, "alive", range(1, 10**6))
+    train(flaky, out, resume=True, watch=lambda metrics: True)
+    assert 'reward flaky: "" judged the base model and "2" judges now' in caplog.text
+
+
+def test_a_mended_reward_is_not_stopped_for_before_it_is_asked():
+    absence = Absence(2)
+    scores, wanted = torch.tensor([[torch.nan]], dtype=torch.float64), torch.tensor([[True]])
+    absence.count(RewardTable.of(["a"], scores, wanted), 2)
+    assert absence.lost == ["a"]
+    absence.count(RewardTable.of(["a"], scores, ~wanted), 1)  # no prompt of this epoch is its
+    assert absence.lost == []
+    absence.count(RewardTable.of(["a"], scores, wanted), 1)
+    assert absence.lost == ["a"]

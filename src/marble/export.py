@@ -185,7 +185,7 @@ def details_of(run: Run) -> dict[str, Any]:
 def rewards_of(run: Run) -> list[dict[str, Any]]:
     """Training rewards in the config's order: name, what it is registered as, revision and preferences."""
     config, evaluation = run.config, run.evaluation()
-    registered = [term.reward for term in config.rewards]
+    registered = [public_name(term.reward) for term in config.rewards]
     names = evaluation.get("training_rewards", registered)
     return [
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +18,8 @@ from marble.rewards.cache import ScoreCache
 from marble.run import Run
 from marble.seeds import derive
 from marble.setup import Parts, tracked
+
+log = logging.getLogger("marble")
 
 SHOWN_PROMPTS = 18
 SHOWN_IMAGES = 3
@@ -64,9 +67,16 @@ class HeldOut:
 
     def before(self) -> None:
         """Evaluate the base model, unless an earlier part of this run has; log it as update 0."""
-        known = decide(lambda: self.run.evaluation().get("before"))
-        if known is not None:
-            self.start = _from_json(known)
+        known = decide(lambda: {key: self.run.evaluation().get(key) for key in ("before", "revisions")})
+        if known["before"] is not None:
+            self.start = _from_json(known["before"])
+            for reward in self.rewards:
+                then, now = (known["revisions"] or {}).get(reward.name), getattr(reward, "revision", "")
+                if then is not None and then != now:
+                    log.warning(
+                        'reward %s: "%s" judged the base model and "%s" judges now: what they say cannot be compared',
+                        *(reward.name, then, now),
+                    )
             return
         adapter = None if self.config.model.lora.start is None else "ema"  # where training starts from
         self.start = self._evaluate(len(self.parts.held_out_prompts), adapter, SHOWN_PROMPTS)
@@ -101,8 +111,17 @@ class HeldOut:
         return metrics | ({"held_out_missing": now.missing} if now.missing else {}), self.fallen
 
     def after(self) -> None:
-        """Evaluate what is exported on all held-out prompts; write `evaluation.json` and the samples."""
+        """Evaluate what is exported on all held-out prompts; write `evaluation.json` and the samples.
+
+        Raises:
+            MarbleError: a reward gave no score at all; nothing is written, so that it can be tried again.
+        """
         end = self._evaluate(len(self.parts.held_out_prompts), "ema", SHOWN_PROMPTS)
+        if end.silent:
+            raise MarbleError(
+                f"rewards: no score of {', '.join(end.silent)} for any of the pictures made after training (the "
+                "warnings above say why); what was learned is exported, and marble train --resume evaluates it again"
+            )
         self._show(end, "after")
         assert self.start is not None
         self.run.write_evaluation(self._content(self.start, end))

@@ -41,7 +41,8 @@ def train(
         The run, with what was learned exported and, unless it was broken off, its evaluation written.
 
     Raises:
-        MarbleError: the configuration, model or folder will not do; nothing has been written then.
+        MarbleError: the configuration, model or folder will not do: nothing has been written then; or the run cannot go
+            on, because rewards have stopped answering, say: it is saved then.
     """
     start()
     check_config(config)

@@ -79,7 +79,7 @@ def test_the_filter_is_on_and_says_how_many(tmp_path, caplog):
         assert texts(path, "held-out") == ["a cat", "thing 1", "thing 6"]
     (record,) = caplog.records  # one line for both splits
     assert "the safety filter left out 2 of 12 prompts (minors 1, nudity 1)" in record.getMessage()
-    assert "prompts.N.safe: false" in record.getMessage()
+    assert "safe: false" in record.getMessage()
     assert "figure" not in record.getMessage()
 
 
@@ -98,7 +98,7 @@ def test_data_sets_are_filtered_too(tmp_path):
 
 def test_nothing_left_is_an_error(tmp_path):
     path = written(tmp_path / "a.txt", [f"nude number {i}" for i in range(6)])
-    with pytest.raises(MarbleError, match=r"the safety filter left out all 6 prompts; prompts.N.safe: false keeps"):
+    with pytest.raises(MarbleError, match=r"the safety filter left out all 6 prompts; safe: false keeps"):
         load_source(path, "train")
 
 

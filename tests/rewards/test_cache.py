@@ -49,6 +49,14 @@ def test_a_second_time_nothing_is_judged_and_the_scores_are_the_same(cache, tmp_
     assert reward.judged == 4
 
 
+def test_where_it_judges_is_no_matter(cache):
+    reward = Counting()
+    score(reward, cache)
+    reward.settings = {"timeout": 3, "workers": 2, "device": "cuda"}
+    score(reward, cache)
+    assert reward.judged == 4
+
+
 @pytest.mark.parametrize("change", ["image", "prompt", "targets", "revision", "settings", "size"])
 def test_what_is_different_is_judged_anew(cache, change):
     reward, images, records = Counting(), pictures(), list(RECORDS)

@@ -370,9 +370,9 @@ def test_questions_of_what_applies_count_among_the_bodies_under_way(monkeypatch)
     with serving(Mean()) as (url, app), httpx.Client(base_url=url) as client:
         with ExitStack() as stack:
             address = client.base_url.host, client.base_url.port
-            for _ in range(2):
+            for _ in range(3):  # two in waiting, and one for the reward's thread
                 stack.enter_context(socket.create_connection(address)).sendall(head)
-            wait_until(lambda: app._bodies == 2)
+            wait_until(lambda: app._bodies == 3)
             full = post(client, "/score", BODY)
             assert (full.status_code, full.headers["Retry-After"]) == (503, "1")
         wait_until(lambda: app._bodies == 0)

@@ -38,9 +38,7 @@ RESUMABLE = (
     *("checkpoint_every", "keep_checkpoints", "threads", "missing_limit"),
     *("rewards.N.url", "rewards.N.settings.X", "held_out_rewards.N.url", "held_out_rewards.N.settings.X"),
 )
-"""Settings that a run may go on with otherwise; of a reward's settings X those in `WHERE`."""
-WHERE = ("url", "timeout", "workers", "retries", "answer_within", "key_variable", "token_variable", "device", "threads")
-"""Settings of rewards that change where and how long they judge, not what."""
+"""Settings that a run may go on with otherwise; of a reward's settings X those in `marble.rewards.base.WHERE`."""
 
 
 def run(argv: list[str]) -> int:
@@ -90,6 +88,7 @@ def resume(path: Path, changes: list[str], *, as_json: bool = False) -> int:
     from marble.cli.settings import override
     from marble.distributed import decide
     from marble.run import Run
+    from marble.setup import check_config
     from marble.storage import write_atomic
 
     named = [argument.removeprefix("--").partition("=")[0] for argument in changes if argument.startswith("--")]
@@ -106,6 +105,7 @@ def resume(path: Path, changes: list[str], *, as_json: bool = False) -> int:
             return old.config.model_dump(mode="json")
         file = path / "config.yaml"
         config = make_config(override(read_config(file), changes), "--resume")
+        check_config(config)
         write_atomic(file, dump_config(config))
         return config.model_dump(mode="json")
 
@@ -114,6 +114,8 @@ def resume(path: Path, changes: list[str], *, as_json: bool = False) -> int:
 
 def _resumable(name: str) -> bool:
     """Whether a run may go on with another value of a setting."""
+    from marble.rewards.base import WHERE
+
     general = re.sub(r"rewards\.\d+\.", "rewards.N.", name)
     inner = general.removeprefix("held_out_").removeprefix("rewards.N.settings.")
     return general in RESUMABLE or (inner != general and inner in WHERE)

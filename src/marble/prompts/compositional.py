@@ -12,7 +12,7 @@ from marble.prompts.coco import COLOURS, NAMES, RELATIONS
 from marble.prompts.record import Record
 
 TRAIN = 1000
-"""Train records of a task. The first three tasks have fewer texts (40, 200, 750) and repeat them."""
+"""Train records of a task. single_object, counting and colors have fewer texts (40, 200, 750) and repeat them."""
 HELD_OUT = 40
 """Held-out records of a task, all different: half of the 80 single objects."""
 NUMBERS = {2: "two", 3: "three", 4: "four"}

@@ -85,14 +85,14 @@ class DataSet:
     def _column(self, there: list[str]) -> str:
         if self.column is not None and self.column not in there:
             raise MarbleError(
-                f'data set "{self.path}": prompts.N.column: there is no column "{self.column}".'
+                f'data set "{self.path}": column: there is no column "{self.column}".'
                 f"{nearest(self.column, there)} Columns: {', '.join(there)}"
             )
         found = self.column or next((name for name in COLUMNS if name in there), None)
         if found is None:
             raise MarbleError(
                 f'data set "{self.path}": no column is called {", ".join(COLUMNS[:-1])} or {COLUMNS[-1]}; say which '
-                f"holds the texts: prompts.N.column. Columns: {', '.join(there)}"
+                f"holds the texts: give column. Columns: {', '.join(there)}"
             )
         return found
 

@@ -105,7 +105,7 @@ def _loaded(use: PromptSource) -> Divided | None:
         given = [name for name in ("subset", "column", "split", "held_out_split") if name in use.model_fields_set]
         changed = [name for name in given if getattr(use, name) != PromptSource.model_fields[name].default]
         if changed:
-            raise MarbleError(f'prompts.N.{changed[0]}: is for hf: data sets, got source "{use.source}"; leave it out')
+            raise MarbleError(f'prompt source "{use.source}": {changed[0]} is for hf: data sets; leave it out')
     if is_file(use.source):
         path = Path(use.source)
         if not path.is_file():
@@ -193,7 +193,7 @@ def _filtered(parts: Divided, name: str, safe: bool) -> Divided:
     if counts:
         left_out, total = sum(counts.values()), sum(map(len, parts))
         detail = ", ".join(f"{what} {count}" for what, count in sorted(counts.items()))
-        rest = "prompts.N.safe: false keeps all but those about minors" if safe else "these are never kept"
+        rest = "safe: false keeps all but those about minors" if safe else "these are never kept"
         log.warning("%s: the safety filter left out %d of %d prompts (%s); %s", name, left_out, total, detail, rest)
         if left_out == total:
             raise MarbleError(f'prompt source "{name}": the safety filter left out all {total} prompts; {rest}')

@@ -14,9 +14,11 @@ class Absence:
         """A reward absent for `limit` updates or more is lost."""
         self.limit = limit
         self.updates: dict[str, int] = {}
+        self._silent: set[str] = set()  # in the epoch counted last
 
     def count(self, table: RewardTable, updates: int) -> None:
         """Take note of an epoch's table, from which `updates` were made; one score brings a reward back."""
+        self._silent = set(table.silent)
         for name, wanted, missing in zip(table.names, table.wanted.sum(dim=0), table.missing, strict=True):
             if missing < wanted:
                 self.updates.pop(name, None)
@@ -25,8 +27,8 @@ class Absence:
 
     @property
     def lost(self) -> list[str]:
-        """Rewards to stop for."""
-        return [name for name, updates in self.updates.items() if updates >= self.limit]
+        """Rewards to stop for: asked in the last epoch, too."""
+        return [name for name, updates in self.updates.items() if updates >= self.limit and name in self._silent]
 
     def message(self, names: Sequence[str], updates: int) -> str:
         """What to tell the user when the run stops for `names`, saved after `updates`."""

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from marble.prompts import Record
 
+WHERE = ("url", "timeout", "workers", "retries", "answer_within", "key_variable", "token_variable", "device", "threads")
+"""Settings of rewards that change where and how long they judge, not what."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -65,7 +68,7 @@ class Reward:
     workers: int = 0
     """Threads in which it judges beside the sampling of the next images; 0: after the sampling."""
     timeout: float = 600.0
-    """Seconds that one call of `score` may take; after that its scores are missing."""
+    """Seconds that one portion may take, all frames of its videos included; after that its scores are missing."""
 
     def applies(self, record: Record) -> bool:
         """Whether this reward can judge pictures of `record`. Where it cannot, the score is missing, not zero."""

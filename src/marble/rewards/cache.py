@@ -9,12 +9,13 @@ import os
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
 
 from marble.prompts import Record
-from marble.rewards.base import Reward
+from marble.rewards.base import WHERE, Reward
 
 log = logging.getLogger("marble")
 
@@ -54,12 +55,13 @@ class ScoreCache:
         """One for each image; of a groupwise reward also of all the others it was judged with."""
         kind = type(reward)
         what = [
+            version("marble-diffusion"),  # preprocessing and rules are ours
             getattr(reward, "origin", ""),
             kind.__module__,
             kind.__qualname__,
             reward.name,
             reward.revision,
-            dict(getattr(reward, "settings", {})),
+            {name: value for name, value in getattr(reward, "settings", {}).items() if name not in WHERE},
             frames,
         ]
         own = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())

@@ -91,7 +91,7 @@ class Server:
             return self._client.request(method, self.url + path, content=content, headers=headers, timeout=timeout)
         except httpx.ReadTimeout as error:  # the question is there
             raise UnansweredError(
-                f"{self.url} did not answer within {seconds:.3g} s, and may still be at work", silent=True, taken=True
+                f"{self.url} did not answer in time, and may still be at work", silent=True, taken=True
             ) from error
         except httpx.RequestError as error:
             text = str(error) or "no answer in time"
@@ -121,7 +121,7 @@ def ask(
         retries: how often a server is asked again that could not be reached or failed. Being busy (429 or 503 with
             Retry-After) does not count.
         within: seconds in all.
-        answer_within: seconds that one answer may take; what is left of `within`, if not given.
+        answer_within: seconds that one answer may take; what is left of `within`, shared by the servers, if not given.
         advice: what to add to the message of a refusal, by status.
 
     Raises:
@@ -143,9 +143,13 @@ def ask(
                 break
             time.sleep(max(0.0, wake - time.monotonic()))
         for server in ready:
-            remaining = max(deadline - time.monotonic(), 0.001)
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                left.clear()
+                break
+            own = answer_within or remaining / len(left)  # one that hangs leaves the others their time
             try:
-                response = server.send(method, path, content, min(answer_within or remaining, remaining), remaining)
+                response = server.send(method, path, content, min(own, remaining), remaining)
                 _check_status(server.url, path, response, advice or {})
                 answer = read(response)
             except RefusedError as error:

@@ -294,7 +294,7 @@ class UnifiedReward(Judge):
             model=model,
             url=url,
             template=UNIFIED_REWARD,
-            pattern=r"Final Score:\s*([1-5](?:\.\d+)?)",
+            pattern=r"Final Score:\s*([1-4](?:\.\d+)?|5(?:\.0+)?)(?![\d.]*\d)",  # not the 1 of 10
             divide_by=5.0,
             size=512,
             square=True,

@@ -221,7 +221,7 @@ def _portions(reward: Reward, wanted: Tensor, group_ids: Tensor) -> list[_Portio
     rows = wanted.nonzero().flatten()
     if getattr(reward, "groupwise", False):
         return [_Portion(rows[group_ids[rows] == g]) for g in group_ids[rows].unique()]
-    return [_Portion(part) for part in rows.split(getattr(reward, "batch", Reward.batch)) if len(part)]
+    return [_Portion(part) for part in rows.split(max(1, getattr(reward, "batch", Reward.batch))) if len(part)]
 
 
 def _spaced(count: int, some: int) -> Tensor:

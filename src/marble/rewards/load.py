@@ -21,7 +21,8 @@ from marble.rewards.base import Facts, Reward
 
 COMMON: dict[str, Any] = {"name": str, "batch": int, "workers": int, "timeout": float}
 """Settings that every reward has, and their types."""
-_MOST = {"batch": 100_000, "workers": 64, "timeout": 1_000_000}
+MOST = {"batch": 100_000, "workers": 64, "timeout": 1_000_000}
+"""Of the common settings that are numbers."""
 
 
 class FunctionReward(Reward):
@@ -179,6 +180,7 @@ def _made(kind: type, settings: dict[str, Any], what: str, problems: list[str], 
     """An object of a reward's class, if nothing is wrong with its settings."""
     settings = _checked(kind, settings, problems, skip=len(given))
     if problems:
+        problems += ["the settings of a served reward are given to marble serve"] if given else []
         raise MarbleError(f'reward "{what}": {"; ".join(problems)}')
     try:
         return kind(*given, **settings)
@@ -231,6 +233,6 @@ def _limited(name: str, value: Any) -> str:
     """What is wrong with the size of a common setting."""
     if name == "name":
         return "" if value else "settings.name must not be empty"
-    if 0 < value <= _MOST[name] or (value == 0 and name == "workers"):
+    if 0 < value <= MOST[name] or (value == 0 and name == "workers"):
         return ""
-    return f"settings.{name} must be positive and at most {_MOST[name]}, got {value}"
+    return f"settings.{name} must be positive and at most {MOST[name]}, got {value}"

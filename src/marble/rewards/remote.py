@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 import httpx
 import torch
@@ -23,6 +23,7 @@ from marble.registry import is_url
 from marble.rewards import wire
 from marble.rewards.base import Reward
 from marble.rewards.http import RefusedError, Server, UnansweredError, ask, check_url, warn_if_open
+from marble.rewards.load import MOST
 
 log = logging.getLogger("marble")
 
@@ -294,6 +295,8 @@ class Remote(Reward):
                     f"It serves: {', '.join(known) or 'none'}"
                 )
             row = named[self.served]
+            if not 1 <= int(row["batch"]) <= MOST["batch"]:
+                raise RefusedError(f"{response.url} wants portions of {row['batch']}")
             told = str(row["name"]), bool(row.get("needs_prompt", True))
             flags = bool(row["groupwise"]), bool(row["judges_videos"]), bool(row["cached"])
             return Served(*told, *flags, int(row["batch"]), str(row["revision"]), str(row["about"]))
@@ -309,11 +312,6 @@ class Remote(Reward):
         if "name" not in self.settings:
             self.name = served.name  # as it would be called here
         self._known = served
-
-
-def server_url(url: str, name: str) -> str:
-    """What a config calls the reward `name` of the server at `url`."""
-    return f"{url.rstrip('/')}/{quote(name, safe=':')}"
 
 
 def _flags(response: httpx.Response, count: int) -> list[bool]:

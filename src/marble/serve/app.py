@@ -95,7 +95,7 @@ class App:
     @contextmanager
     def _room(self) -> Iterator[None]:
         """For one more body."""
-        if self._bodies >= WAITING * len(self.desks):
+        if self._bodies >= sum(WAITING + desk.workers for desk in self.desks):
             raise Problem(503, "too many requests at once", 1)
         self._bodies += 1
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from marble.prompts import Record
 from marble.rewards import Reward
+from marble.rewards.base import WHERE
 from marble.rewards.judging import applies_to, judge
 from marble.serve.lane import Call, Lane
 
@@ -25,7 +26,7 @@ WAITING = 16
 """Requests that wait for one reward; further ones are told to come again."""
 APPLYING = 60.0
 """Seconds that a reward may take to say to which prompts of a request it applies."""
-_NOT_OF_THE_MODEL = ("name", "batch", "workers", "timeout", "device")
+_NOT_OF_THE_MODEL = ("name", "batch", *WHERE)
 
 
 class FullError(Exception):
@@ -54,7 +55,8 @@ class Desk:
         self.revision = revision_of(reward)
         self.images, self.seconds = 0, 0.0
         self._lock = threading.Lock()
-        self._judging = Lane(f"reward {reward.name}", max(1, getattr(reward, "workers", 0)))
+        self.workers = max(1, getattr(reward, "workers", 0))
+        self._judging = Lane(f"reward {reward.name}", self.workers)
         self._applying = Lane(f"reward {reward.name}: applies")
 
     @property

@@ -21,6 +21,7 @@ from marble.errors import MarbleError
 from marble.registry import is_url, resolve
 from marble.rewards import Reward, check_rewards, load_rewards, prepare_rewards
 from marble.rewards.http import is_loopback
+from marble.rewards.load import MOST
 from marble.rewards.remote import TOKEN
 from marble.serve.app import App
 from marble.serve.connections import SPEAKING, Connections, Guarded, Rarely, room
@@ -32,7 +33,7 @@ SHORTEST = 16
 """Characters of a token."""
 FAREWELL = 10
 """Seconds that requests under way have once the server is told to stop."""
-THREADS = 64
+THREADS = MOST["workers"]
 """Of one reward at most, as of one that a run judges itself."""
 LAST = 2.0
 """Seconds after that in which the process ends by itself, or is ended."""
