@@ -16,6 +16,7 @@ from marble.prompts import Record
 from marble.rewards import Judging, Reward
 from marble.rewards.cache import ScoreCache
 from marble.rewards.gather import gather_table
+from marble.rewards.judging import to_bytes
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,7 @@ def evaluate(
     table = gather_table(judging.table(), rows, len(prompts) * each)
     keep = each * (len(prompts) if shown is None else min(shown, len(prompts)))
     kept = range(min(rows.start, keep), min(rows.stop, keep))
-    pixels = (images[: len(kept)].clamp(0, 1) * 255).round().to(torch.uint8)
-    pixels = gather_rows(pixels, kept, keep)
+    pixels = gather_rows(to_bytes(images[: len(kept)]), kept, keep)
     texts, missing = [p.text for p in prompts], table.metrics().get("missing", {})
     return Evaluation(table.names, table.scores, texts, pixels, missing, table.silent)
 

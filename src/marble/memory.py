@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from marble.errors import MarbleError
+from marble.errors import MarbleError, first_line
 
 GIB = 2**30
 
@@ -49,8 +49,7 @@ def find_device(device: str, field: str = "model.device", *, shared: bool = Fals
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise MarbleError(f'{field}: "{device}" cannot be used here: {reason}') from error
+        raise MarbleError(f'{field}: "{device}" cannot be used here: {first_line(error)}') from error
     if found.type not in ("cpu", "cuda", "mps", "xpu"):
         raise MarbleError(f'{field}: "{device}" holds no numbers; use auto, cpu or cuda')
     if found.index is not None and not own and not shared and int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -64,7 +64,9 @@ def check_config(config: Config, fetch: bool = True) -> list[str]:
             rewards = load_rewards([*config.rewards, *config.held_out_rewards])
             check_rewards(rewards)
         with _noted(problems):
-            load_mixture([source for source in config.prompts if fetch or not needs_download(source)])
+            passed_over = [] if fetch else [source.source for source in config.prompts if needs_download(source)]
+            at_hand = [i for i, source in enumerate(config.prompts) if source.source not in passed_over]
+            train, held_out = load_mixture([config.prompts[i] for i in at_hand])
     with _noted(problems):
         model_path(config.model.id)
     if problems:
@@ -73,9 +75,6 @@ def check_config(config: Config, fetch: bool = True) -> list[str]:
     kept = {reward.name: reward for reward in rewards[len(config.rewards) :]}
     if stop is not None and stop not in kept:
         raise MarbleError(f'evaluation.early_stop: "{stop}" is not a held-out reward; those are {list(kept) or "none"}')
-    passed_over = [] if fetch else [source.source for source in config.prompts if needs_download(source)]
-    at_hand = [i for i, source in enumerate(config.prompts) if source.source not in passed_over]
-    train, held_out = load_mixture([config.prompts[i] for i in at_hand])
     chosen = _chosen(config, dict(zip(at_hand, held_out, strict=True)))
     if not passed_over:
         check_applies(rewards, [record for records in train for record in records], "prompt")

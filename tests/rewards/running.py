@@ -14,7 +14,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from marble import Reward
+from marble.config import RewardUse
 from marble.prompts import Record
+from marble.rewards import make_reward
 
 RED = Record("red", "s", {"text": "RED"})
 BLUE = Record("blue", "s")
@@ -136,3 +138,12 @@ def pictures(*values, size=4):
     """`[N, 3, size, size]` uint8: noise around each value."""
     noise = torch.randint(0, 40, (len(values), 3, size, size), generator=torch.Generator().manual_seed(0))
     return (torch.tensor(values)[:, None, None, None] + noise).clamp(0, 255).to(torch.uint8)
+
+
+TOKEN = "a-token-of-some-length"
+IMAGES = pictures(0, 90, 250)
+EXPECTED = Mean().score(IMAGES, [RED] * 3).tolist()
+
+
+def remote(name, *urls, **settings):
+    return make_reward(RewardUse(reward=name, url=list(urls), settings=settings))

@@ -1,5 +1,4 @@
 import re
-import socket
 import time
 
 import pytest
@@ -8,32 +7,25 @@ import torch
 from marble import MarbleError
 from marble.config import RewardUse
 from marble.prompts import Record
-from marble.rewards import http, load_rewards, make_reward, score_images
+from marble.rewards import load_rewards, make_reward, score_images
 from marble.rewards.judging import Judging
 from marble.serve.desk import revision_of
 
-from .running import BLUE, RED, Clip, Mean, Raising, Together, pictures, serving
+from .running import (
+    BLUE,
+    EXPECTED,
+    IMAGES,
+    RED,
+    TOKEN,
+    Clip,
+    Mean,
+    Together,
+    pictures,
+    remote,
+    serving,
+)
 
-TOKEN = "a-token-of-some-length"
-IMAGES = pictures(0, 90, 250)
-EXPECTED = Mean().score(IMAGES, [RED] * 3).tolist()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(http, "PAUSE", 0.01)
-    monkeypatch.setattr(http, "REST", 0.3)
-    monkeypatch.delenv("MARBLE_TOKEN", raising=False)
-
-
-def remote(name, *urls, **settings):
-    return make_reward(RewardUse(reward=name, url=list(urls), settings=settings))
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving(Mean(), Together(), Clip(), Raising()) as (url, _):
-        yield url
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_names_and_settings(server):
@@ -120,14 +112,6 @@ def test_a_server_that_is_not_there_refuses_or_has_another_reward(server, monkey
         monkeypatch.setenv("MARBLE_TOKEN", "zwölf zeichen")
         with pytest.raises(MarbleError, match="MARBLE_TOKEN: a token is of ASCII"):
             remote("mean", url).check()
-
-
-@pytest.fixture
-def unused():
-    """A URL at which nobody listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def test_without_a_server_scores_are_missing_and_what_waits_fails_at_once(unused, caplog):

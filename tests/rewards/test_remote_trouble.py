@@ -11,40 +11,22 @@ from starlette.responses import JSONResponse, RedirectResponse
 from starlette.routing import Route
 
 from marble import MarbleError, Reward
-from marble.config import RewardUse
-from marble.rewards import http, make_reward
+from marble.rewards import http
 from marble.rewards import remote as remote_module
 
-from .running import RED, Clip, Mean, Raising, Slow, Together, pictures, running, serving
+from .running import (
+    EXPECTED,
+    IMAGES,
+    RED,
+    TOKEN,
+    Mean,
+    Slow,
+    remote,
+    running,
+    serving,
+)
 
-TOKEN = "a-token-of-some-length"
-IMAGES = pictures(0, 90, 250)
-EXPECTED = Mean().score(IMAGES, [RED] * 3).tolist()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(http, "PAUSE", 0.01)
-    monkeypatch.setattr(http, "REST", 0.3)
-    monkeypatch.delenv("MARBLE_TOKEN", raising=False)
-
-
-def remote(name, *urls, **settings):
-    return make_reward(RewardUse(reward=name, url=list(urls), settings=settings))
-
-
-@pytest.fixture
-def unused():
-    """A URL at which nobody listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving(Mean(), Together(), Clip(), Raising()) as (url, _):
-        yield url
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Playing:

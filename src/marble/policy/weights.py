@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from marble.errors import MarbleError
+from marble.errors import MarbleError, first_line
 
 ADAPTERS = ("default", "old", "ema")
 """The trained version, the one that samples, and the average that is evaluated and exported. None is the base."""
@@ -367,4 +367,4 @@ def load_whole(denoiser: Any, folder: Path, part: str) -> None:
         found = type(denoiser).from_pretrained(folder, dtype=denoiser.dtype)
         denoiser.load_state_dict(found.state_dict())
     except (OSError, ValueError, RuntimeError) as error:
-        raise MarbleError(f'"{folder}" holds no {part} of this model: {str(error).splitlines()[0]}') from error
+        raise MarbleError(f'"{folder}" holds no {part} of this model: {first_line(error)}') from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marble.errors import MarbleError, nearest
+from marble.errors import MarbleError, first_line, nearest
 from marble.prompts.record import Record
 
 COLUMNS = ("prompt", "text", "caption")
@@ -78,7 +78,7 @@ class DataSet:
         try:
             return load_dataset(path, self.subset, split=split)
         except Exception as error:  # whatever the hub, a builder or a file's format comes to
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             named = f', subset "{self.subset}"' if self.subset else ""
             raise MarbleError(f'cannot load the data set "{self.path}"{named}, split "{split}": {reason}') from error
 

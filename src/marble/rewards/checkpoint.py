@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from marble.errors import MarbleError
+from marble.errors import MarbleError, first_line
 
 _SHOWN = 8
 """Keys listed in a message."""
@@ -35,8 +35,7 @@ def fetch(source: str, filename: str, revision: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(source, filename, revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MarbleError(f'cannot get "{filename}" of "{source}": {reason}') from error
+        raise MarbleError(f'cannot get "{filename}" of "{source}": {first_line(error)}') from error
 
 
 def read_state(file: Path, inside: str | None = None) -> dict[str, Tensor]:
@@ -54,8 +53,7 @@ def read_state(file: Path, inside: str | None = None) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds; all mean that this file will not do
-        reason = str(error).strip().splitlines()[0]
-        raise MarbleError(f'"{file}" cannot be read as weights alone: {reason}') from error
+        raise MarbleError(f'"{file}" cannot be read as weights alone: {first_line(error)}') from error
     if inside is not None and isinstance(state, Mapping) and inside in state:
         state = state[inside]
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from marble.errors import MarbleError
+from marble.errors import MarbleError, first_line
 from marble.rewards.checkpoint import fetch, is_local, weights_revision
 from marble.rewards.images import Method, center_crop, normalise, resize, resize_shortest
 from marble.rewards.model import Dtype, ModelReward
@@ -175,7 +175,7 @@ def load_network(
             output_loading_info=True,
         )
     except Exception as error:  # whatever transformers makes of a folder that is not what it should be
-        raise MarbleError(f'cannot load "{source}": {_first_line(error)}') from error
+        raise MarbleError(f'cannot load "{source}": {first_line(error)}') from error
     surplus = [key for key in found["unexpected_keys"] if not key.endswith("position_ids")]  # of older versions
     wrong = [str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"]]
     named = (("missing", found["missing_keys"]), ("unexpected", surplus), ("of another shape", wrong))
@@ -203,7 +203,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
             Path(source).expanduser() if local else source, revision=revision, local_files_only=local
         )
     except Exception as error:  # see load_network
-        raise MarbleError(f'cannot load the tokenizer of "{source}": {_first_line(error)}') from error
+        raise MarbleError(f'cannot load the tokenizer of "{source}": {first_line(error)}') from error
 
 
 @functools.cache
@@ -281,7 +281,3 @@ def _unit(output: Any) -> Tensor:
     """`[N, D]` float32 of length 1; transformers before 5 return the tensor, later ones an object."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

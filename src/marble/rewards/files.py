@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from marble.errors import MarbleError
+from marble.errors import MarbleError, first_line
 from marble.prompts import Record
 from marble.rewards.base import Reward, RewardTable
 from marble.rewards.judging import score_images
@@ -35,8 +35,7 @@ def read_picture(path: Path) -> Tensor:
                 image.seek(at)
                 frames.append(_colours(image))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MarbleError(f'"{path}" is not an image that can be read: {reason}') from error
+        raise MarbleError(f'"{path}" is not an image that can be read: {first_line(error)}') from error
     return frames[0] if len(frames) == 1 else torch.stack(frames)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marble.errors import MarbleError
+from marble.errors import MarbleError, first_line
 from marble.prompts import Record
 from marble.rewards.base import Facts
 from marble.rewards.checkpoint import fetch, load_into, materialise, read_state, weights_revision
@@ -144,8 +144,7 @@ def _tokenizer(source: str) -> Any:
     try:
         words = BertTokenizer.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MarbleError(f'settings.tokenizer: cannot get "{source}": {reason}') from error
+        raise MarbleError(f'settings.tokenizer: cannot get "{source}": {first_line(error)}') from error
     words.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
     return words
 

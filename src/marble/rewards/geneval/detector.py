@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from marble.errors import MarbleError
+from marble.errors import MarbleError, first_line
 from marble.prompts.coco import NAMES
 from marble.rewards.checkpoint import fetch, weights_revision
 from marble.rewards.clip import load_preprocessing, named, settle
@@ -145,8 +145,7 @@ def load_detector(source: str, revision: str | None, device: torch.device, sides
                 output_loading_info=True,
             )
     except Exception as error:  # whatever transformers makes of a folder that is not what it should be
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise MarbleError(f'{name}: cannot load "{source}": {reason}') from error
+        raise MarbleError(f'{name}: cannot load "{source}": {first_line(error)}') from error
     network, found = loaded
     # surplus ones are no harm: older folders also hold what is reckoned anew
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("criterion."))
