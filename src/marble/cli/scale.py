@@ -169,7 +169,11 @@ def _measure(device: str, rewards: int) -> tuple[dict[str, float], str]:
             phase._predict()
 
     arms = {"forward": forward, "plain": phase.weighted_sum, "exact": phase.exact, "gram": lambda: gram_of(rows)}
-    seconds = {arm: summary(values)["median"] for arm, values in interleaved(arms, 3, phase.device).items()}
+    began = time.perf_counter()
+    for arm in arms.values():
+        arm()
+    rounds = max(3, min(40, round(2 / (time.perf_counter() - began))))  # short ones are easily disturbed
+    seconds = {arm: summary(values)["median"] for arm, values in interleaved(arms, rounds, phase.device).items()}
     with tempfile.TemporaryFile(dir=Path.cwd()) as file:
         data, began = os.urandom(_DISK), time.perf_counter()
         file.write(data)
