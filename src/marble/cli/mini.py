@@ -24,6 +24,8 @@ class Pretrain:
 
     out: Path = Path("mini")
     """folder for `model/` (a Diffusers pipeline) and `judges/`; `work/` in it holds what a resumed run needs"""
+    world: Literal["mini", "mini-b"] = "mini"
+    """whose pictures it learns from"""
     seed: int = 0
     only: Literal["model", "judges"] | None = None
     """make one of the two only"""
@@ -49,19 +51,20 @@ def run(argv: list[str]) -> int:
         raise MarbleError(f"--seed: must not be negative, got {args.seed}")
     from marble.mini.judges import KINDS, train_judge
     from marble.mini.pretrain import Recipe, pretrain
-    from marble.mini.world import MINI
+    from marble.mini.world import WORLDS
 
+    world = WORLDS[args.world]
     recipe = Recipe(seed=args.seed).scaled(args.scale)
-    _remember(args.out, {"world": MINI.revision, "recipe": asdict(recipe), "scale": args.scale})
+    _remember(args.out, {"world": world.revision, "recipe": asdict(recipe), "scale": args.scale})
     if args.only != "model":
         folder = args.out / "judges"
         folder.mkdir(parents=True, exist_ok=True)
         for kind in KINDS:
             path = folder / f"{kind}.safetensors"
             if not path.exists():
-                train_judge(MINI, kind, args.seed, path, scale=args.scale)
+                train_judge(world, kind, args.seed, path, scale=args.scale)
     if args.only != "judges":
-        pretrain(MINI, recipe, args.out / "work", args.out / "model")
+        pretrain(world, recipe, args.out / "work", args.out / "model")
     print(f"made {args.out}", file=sys.stderr)
     return 0
 
@@ -74,7 +77,7 @@ def _remember(folder: Path, content: dict[str, Any]) -> None:
     if path.exists():
         if json.loads(path.read_text(encoding="utf-8")) != content:
             raise MarbleError(
-                f'--out: "{folder}" holds a model of another seed, scale or recipe; choose another folder'
+                f'--out: "{folder}" holds a model of another world, seed, scale or recipe; choose another folder'
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -80,13 +80,19 @@ def _ring(dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
 
 
 def _heart(dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
-    lobes = np.hypot(np.abs(dx) - 0.46 * r, dy + 0.38 * r) - 0.52 * r
-    point = np.maximum((np.abs(dx) + dy * 1.0) * 0.7071 - 0.62 * r, -(dy + 0.38 * r))
+    ax = np.abs(dx)
+    lobes = np.hypot(ax - 0.46 * r, dy + 0.38 * r) - 0.52 * r
+    corner = np.maximum(ax + dy - 0.815 * r, ax - dy - 0.84 * r) * 0.7071  # tangent to the lobes
+    point = np.maximum(corner, -(dy + 0.38 * r))
     return np.minimum(lobes, point)
 
 
 def _bar(dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
     return np.maximum(np.abs(dx) - r, np.abs(dy) - 0.42 * r)
+
+
+def _bow(dx: np.ndarray, dy: np.ndarray, r: float) -> np.ndarray:
+    return np.maximum((np.abs(dy) - 0.9 * np.abs(dx)) * 0.7433 - 0.09 * r, np.abs(dx) - r)
 
 
 SHAPES = {
@@ -98,6 +104,7 @@ SHAPES = {
     "ring": _ring,
     "heart": _heart,
     "bar": _bar,
+    "bow": _bow,
 }
 """Shape → signed distance `(dx, dy, r) -> pixels`, where `r` is the nominal radius in pixels."""
 

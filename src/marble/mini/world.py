@@ -248,3 +248,44 @@ MINI = World(
     extras=("clouds", "birds"),
 )
 """The world of the shipped model."""
+
+MINI_B = World(
+    name="mini-b",
+    version=1,
+    shapes=("diamond", "ring", "heart", "bow"),
+    palette={
+        "orange": (242, 128, 34),
+        "pink": (238, 105, 170),
+        "teal": (20, 160, 165),
+        "lime": (150, 215, 45),
+        "indigo": (70, 50, 160),
+        "black": (20, 20, 24),
+    },
+    backdrops=(
+        ((200, 196, 188), (222, 218, 210)),
+        ((188, 198, 206), (214, 220, 226)),
+        ((206, 198, 184), (186, 180, 170)),
+        ((196, 204, 192), (218, 222, 212)),
+        ((204, 194, 200), (182, 176, 184)),
+    ),
+    letters="BDGKMRSUWY",
+    words=_words("BUD BUG BUS BUY DUB DUG DRY GUM GUY GYM MUD MUG RUB RUG RUM SKY SUB SUM WRY YUM YUK BRU SUK KYU"),
+    held_out_words=_words("DUD BUM MUM DUM SUD URB URD WUD MUS SUS GUS RYU"),
+    places=("lake", "volcano", "farm", "island", "canyon", "glacier"),
+    times=("dawn", "midday", "dusk"),
+    extras=("kites", "rain"),
+    grammar=Grammar(
+        place="one {place} near {time}",
+        extra=" and {extra}",
+        word='some sign saying "{word}" painted {colour}',
+        thing="one {colour} {shape}",
+        sized_thing="one {size} {colour} {shape}",
+        relations=(("left of", "left of"), ("right of", "right of"), ("above", "over"), ("below", "under")),
+        sizes=(("small", "tiny"), ("large", "huge")),
+        glue=("one", "some", "sign", "saying", "painted", "near", "and", "left", "right", "of", "over", "under"),
+    ),
+)
+"""A second world with nothing to draw in common, on which nothing is ever tuned."""
+
+WORLDS = {world.name: world for world in (MINI, MINI_B)}
+"""Every world by name."""
