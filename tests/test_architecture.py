@@ -7,7 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "marble"
 ROOMS = [
-    ("errors", "storage", "seeds", "registry", "catalogue", "distributed", "memory", "shard"),
+    ("errors", "statistics", "storage", "seeds", "registry", "catalogue", "distributed", "memory", "shard"),
     ("rules",),
     ("config",),
     ("prompts",),
@@ -34,6 +34,9 @@ ROOMS = [
     ("training",),
     ("bench",),
     ("report",),
+    ("conflict",),
+    ("compare",),
+    ("pareto",),
     ("mini",),
     ("cli",),
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,9 @@ import yaml
 
 from marble.export import public_rewards
 from marble.report import figures
+from marble.report.layout import inline_png, page, section
 from marble.run import Run
 from marble.storage import write_atomic
-
-_STYLE = """
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;background:#f6f6f8;margin:0}
-main{max-width:1020px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:27px;margin:0 0 4px} h2{font-size:18px;margin:0 0 4px}
-section{background:#fff;border:1px solid #e4e4ea;border-radius:10px;padding:18px 22px;margin-top:18px}
-p{margin:6px 0} .note{color:#666;font-size:13.5px} .lead{font-size:17px}
-table{border-collapse:collapse;font-size:14px}
-td,th{padding:4px 14px 4px 0;text-align:right;border-bottom:1px solid #eee}
-td:first-child,th:first-child{text-align:left} th{color:#666;font-weight:600}
-.up{color:#1c7c54;font-weight:600} .down{color:#b3261e;font-weight:600} .same{color:#777}
-.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:14px}
-.pair{border:1px solid #eee;border-radius:8px;padding:8px 10px}
-.pair b{display:block;font-size:13px;font-weight:600;margin-bottom:4px}
-.row{display:flex;gap:4px;align-items:center;margin-top:3px} .row span{width:44px;font-size:11.5px;color:#777}
-.row img{width:76px;height:76px;object-fit:cover;border-radius:3px;image-rendering:pixelated}
-svg{max-width:100%;height:auto}
-details summary{cursor:pointer;font-weight:600}
-pre{font-size:12.5px;overflow:auto;background:#f6f6f8;padding:10px;border-radius:6px}
-"""
 
 
 def write_report(run: Run) -> Path:
@@ -52,20 +32,9 @@ def write_report(run: Run) -> Path:
         _specialists(evaluation),
         _about(run),
     ]
-    title = f"marble: {escape(run.path.name)}"
-    body = "\n".join(part for part in parts if part)
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_STYLE}</style></head>'
-        f"<body><main>{body}</main></body></html>\n"
-    )
     path = run.path / "report.html"
-    write_atomic(path, page)
+    write_atomic(path, page(f"marble: {run.path.name}", *parts))
     return path
-
-
-def _section(title: str, note: str, *content: str) -> str:
-    return f'<section><h2>{escape(title)}</h2><p class="note">{note}</p>{"".join(content)}</section>'
 
 
 def _verdict(gain: dict[str, float]) -> tuple[str, str]:
@@ -140,7 +109,7 @@ def _gains(evaluation: dict[str, Any], paint: dict[str, str]) -> str:
         f"{count} held-out prompts, {len(evaluation['seeds'])} images each, the same seeds before and after; "
         "intervals by bootstrap over prompts."
     )
-    return _section("What was gained", note, figures.forest(gains, paint), table)
+    return section("What was gained", note, figures.forest(gains, paint), table)
 
 
 def _gallery(run: Run, evaluation: dict[str, Any]) -> str:
@@ -155,13 +124,11 @@ def _gallery(run: Run, evaluation: dict[str, Any]) -> str:
         ]
         if any(rows):
             pairs.append(f'<div class="pair"><b>{escape(prompt)}</b>{"".join(rows)}</div>')
-    return _section("Before and after", "The same prompts and seeds.", f'<div class="gallery">{"".join(pairs)}</div>')
+    return section("Before and after", "The same prompts and seeds.", f'<div class="gallery">{"".join(pairs)}</div>')
 
 
 def _strip(label: str, paths: list[Path]) -> str:
-    images = "".join(
-        f'<img alt="" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">' for path in paths
-    )
+    images = "".join(f'<img alt="" src="{inline_png(path.read_bytes())}">' for path in paths)
     return f'<div class="row"><span>{label}</span>{images}</div>' if images else ""
 
 
@@ -174,7 +141,7 @@ def _curves(rows: list[dict[str, Any]], paint: dict[str, str], held_out: list[st
     if not points or max(map(len, points.values())) < 2:
         return ""
     note = "Mean score on the held-out prompts that are followed during training; dotted, the base model."
-    return _section("On the way", note, figures.curves(points, paint, held_out))
+    return section("On the way", note, figures.curves(points, paint, held_out))
 
 
 def _balance(rows: list[dict[str, Any]], training: list[str], paint: dict[str, str]) -> str:
@@ -184,7 +151,7 @@ def _balance(rows: list[dict[str, Any]], training: list[str], paint: dict[str, s
     updates = [row["update"] for row in with_alpha]
     note = "Weight of each reward's normalised gradient, smoothed; dotted, equal weights."
     alpha = np.array([row["alpha"] for row in with_alpha])
-    return _section("The balance", note, figures.weights(updates, alpha, training, paint))
+    return section("The balance", note, figures.weights(updates, alpha, training, paint))
 
 
 def _conflict(rows: list[dict[str, Any]], training: list[str]) -> str:
@@ -207,7 +174,7 @@ def _conflict(rows: list[dict[str, Any]], training: list[str]) -> str:
         "optimiser. Below 0 the step makes that reward worse. The advantage-free part is the loss's pull to the old "
         "policy, which all rewards share."
     )
-    return _section(
+    return section(
         "How the rewards conflict",
         note,
         figures.cosines(updates, measured),
@@ -233,7 +200,7 @@ def _specialists(evaluation: dict[str, Any]) -> str:
         "The base model's held-out samples, scored by every reward (z-scores; grey: the reward cannot judge it). "
         f"{100 * some:.0f}% of the samples stand out (|z| > 1) for some training rewards only."
     )
-    return _section("Specialist map", note, figures.specialist_map(scores, before["names"], sources))
+    return section("Specialist map", note, figures.specialist_map(scores, before["names"], sources))
 
 
 def _about(run: Run) -> str:
