@@ -43,7 +43,7 @@ SUNS: dict[str, tuple[float, int, RGB]] = {
     "sunset": (-4, 9, (255, 205, 110)),
     "dawn": (-2, 7, (255, 225, 190)),
 }
-"""Height of the sun's middle in pixels (from the horizon, if negative), its radius and colour; a moon at other times."""
+"""Height of the sun (pixels; from the horizon, if negative), its radius and colour; there is a moon at other times."""
 CLOUDS: dict[str, RGB] = {
     "noon": (245, 248, 250),
     "sunset": (250, 200, 175),
