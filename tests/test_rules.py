@@ -70,6 +70,19 @@ def test_arguments_that_training_sets_itself(name):
     assert complaints(model={"call": {name: 1}}) == [f"model.call: {name} is set by other settings; leave it out"]
 
 
+def test_stages_are_of_rewards_that_there_are_and_of_sequential_alone():
+    stages = [{"rewards": ["nobody"]}]
+    found = complaints(balance={"method": "sequential", "stages": stages}, budget={"updates": 4})
+    assert len(found) == 1
+    assert found[0].startswith('balance.stages.0.rewards: "nobody" is not a training reward; those are ')
+    found = complaints(balance={"stages": [{"rewards": ["a"]}]}, budget={"updates": 4})
+    assert found[0] == "balance.stages: only sequential has stages, got balance.method = marble"
+    found = complaints(balance={"method": "sequential"}, budget={"updates": None, "minutes": 1})
+    assert found == ["balance.method: sequential divides budget.updates, which must be given"]
+    found = complaints(balance={"method": "sequential"}, budget={"updates": 1}, rewards=[{"reward": r} for r in "ab"])
+    assert found == ["balance.stages: at most one for each of the 1 updates, got 2"]
+
+
 def test_all_broken_rules_at_once():
     found = complaints(
         model={"call": {"prompt": "a", "height": 64, "generator": 1}, "train": "full", "lora": {"start": "a/b"}},

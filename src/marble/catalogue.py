@@ -23,10 +23,15 @@ NEED_TORCHJD = ("pcgrad", "imtl-g", "aligned-mtl")
 FROM_ADVANTAGES = {
     "uniform": "equal weights on per-reward advantages",
     "weighted-sum": "one advantage of the weighted sum of raw scores, as PPO and GRPO pipelines do",
+    "standardised-sum": "the same of scores divided by each reward's standard deviation in the batch",
+    "sequential": "one stage of training after another, each on the raw sum of some of the rewards",
     "gdpo": "per-reward advantages summed and normalised again over the batch",
     "reward-dropout": "per-reward advantages of a random part of the rewards in every update",
 }
 """Methods that combine advantages. `uniform` looks at gradients too, for their norms, if those are folded."""
+
+SUMS = ("weighted-sum", "standardised-sum", "sequential")
+"""Methods that follow one advantage of a sum of scores, weighed by `rewards.N.weight`."""
 
 METHODS = FROM_GRADIENTS | FROM_ADVANTAGES
 

@@ -163,6 +163,13 @@ class Objective(_Section):
     old: Decay = Decay()
 
 
+class Stage(_Section):
+    """One stage of `sequential`."""
+
+    rewards: list[str] = Field(min_length=1, description="names of the training rewards whose raw sum it follows")
+    share: float = Field(1.0, gt=0, description="of the updates, relative to the other stages'")
+
+
 class Balance(_Section):
     """How several rewards become one direction."""
 
@@ -185,6 +192,9 @@ class Balance(_Section):
         "folded", description="folded: amortised updates divide by each gradient's norm, as the solve did"
     )
     dropout: float = Field(0.5, gt=0, lt=1, description="reward-dropout: probability that a reward is left out")
+    stages: list[Stage] = Field(
+        [], description="sequential: which rewards are trained on one after another; each by itself, if not given"
+    )
     rate: float = Field(1.0, gt=0, description="closed-loop: priority falls by exp(−rate · progress ahead of the mean)")
     limit: float = Field(4.0, gt=1, description="closed-loop: priorities stay between 1/limit and limit")
 

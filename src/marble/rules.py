@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS, NEED_TORCHJD
+from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS, NEED_TORCHJD, SUMS
 
 if TYPE_CHECKING:
     from marble.config import Config
@@ -100,12 +100,31 @@ def _balance(config: Config) -> list[str]:
             "balance.method: published is the paper's method to the letter, got advantage_scale = "
             f"{balance.advantage_scale} and norms = {balance.norms}; use method = marble for either correction"
         )
-    problems += _preferences(config)
+    problems += [*_preferences(config), *_stages(config)]
     names = [term.label for term in config.rewards]
     for name in sorted({n for n in names if names.count(n) > 1}):
         problems.append(f'rewards: "{name}" is given more than once; settings: {{name: …}} tells two of a kind apart')
     for name in sorted(set(names) & {use.label for use in config.held_out_rewards}):
         problems.append(f'held_out_rewards: "{name}" is also trained on; with other settings, give it a settings.name')
+    return problems
+
+
+def _stages(config: Config) -> list[str]:
+    """The schedule of `sequential`."""
+    balance, names, problems = config.balance, [term.label for term in config.rewards], []
+    if balance.stages and balance.method != "sequential":
+        problems.append(f"balance.stages: only sequential has stages, got balance.method = {balance.method}")
+    if balance.method == "sequential" and config.budget.updates is None:
+        problems.append("balance.method: sequential divides budget.updates, which must be given")
+    for i, stage in enumerate(balance.stages):
+        problems += [
+            f'balance.stages.{i}.rewards: "{name}" is not a training reward; those are {", ".join(names)}'
+            for name in stage.rewards
+            if name not in names
+        ]
+    stages = len(balance.stages) or len(names)
+    if balance.method == "sequential" and stages > (config.budget.updates or stages):
+        problems.append(f"balance.stages: at most one for each of the {config.budget.updates} updates, got {stages}")
     return problems
 
 
@@ -118,8 +137,8 @@ def _preferences(config: Config) -> list[str]:
                 f"rewards.{i}.floor: needs a method that takes every reward's gradient (and is not the paper's to the "
                 f"letter), got balance.method = {method}; use marble"
             )
-        if term.priority != 1 and method in ("weighted-sum", "published"):
-            other = "use rewards.N.weight instead" if method == "weighted-sum" else "use balance.method = marble"
+        if term.priority != 1 and method in (*SUMS, "published"):
+            other = "use rewards.N.weight instead" if method in SUMS else "use balance.method = marble"
             problems.append(f"rewards.{i}.priority: {method} knows none, got {term.priority}; {other}")
     plain = {"smooth": "weights", "estimate": "batch", "gradients": "whole"}
     for field, only in plain.items():

@@ -38,7 +38,6 @@ class Parts:
     engine: PerRewardGradients
     updater: Updater
     held_out_prompts: list[Record]
-    weights: torch.Tensor  # [K] float64, of the weighted sum
     absence: Absence
 
 
@@ -182,7 +181,6 @@ def assemble(config: Config) -> Parts:
         engine=PerRewardGradients(policy.denoiser, parameters=policy.parameters, in_step=policy.in_step),
         updater=Updater(policy, config),
         held_out_prompts=_chosen(config, dict(enumerate(held_out))),
-        weights=torch.tensor([term.weight for term in config.rewards], dtype=torch.float64),
         absence=Absence(config.missing_limit),
     )
 

@@ -83,7 +83,13 @@ def train(
                 lost = table.silent
                 _checkpoint(config, parts, run, held_out, epoch, time.perf_counter() - began)
                 break
-            signals = signals_of(table, batch.group_ids, parts.weights, std=config.objective.std)
+            signals = signals_of(
+                table,
+                batch.group_ids,
+                parts.method.weights,
+                std=config.objective.std,
+                own_weights=parts.method.sum_weights(table),
+            )
             parts.method.observe(table)
             clock.append(time.perf_counter())
             plan = plan_updates(config, parts, rollout, batch, shares, epoch)

@@ -7,7 +7,7 @@ touched once.
 
 | method | advantage of an amortised update | at a solve |
 |---|---|---|
-| `weighted-sum`, `gdpo`, `reward-dropout` | as their names say | never |
+| `weighted-sum`, `standardised-sum`, `sequential`, `gdpo`, `reward-dropout` | as their names say | never |
 | `uniform` | equal weights | only to learn the norms, if they are folded |
 | `published` | smoothed min-norm weights as they are | fresh weights on normalised gradients, rescaled |
 | all others | smoothed weights, norms folded, spread matched | the same, from the gradients just taken |
@@ -24,8 +24,8 @@ from marble.balance.balancer import Balancer
 from marble.balance.controller import Controller
 from marble.balance.dual_cone import keep_floors
 from marble.balance.signals import Signals
-from marble.catalogue import FROM_GRADIENTS
-from marble.config import Balance, Config
+from marble.catalogue import FROM_GRADIENTS, SUMS
+from marble.config import Balance, Config, Stage
 from marble.gradients import whole_gram
 from marble.rewards import RewardTable
 from marble.seeds import generator
@@ -45,6 +45,8 @@ class Method:
         self.match = self.settings.advantage_scale == "match"
         self.halves = self.settings.estimate == "halves" and name in FROM_GRADIENTS
         self.wanted = torch.tensor([term.priority for term in config.rewards], dtype=torch.float64)
+        self.weights = torch.tensor([term.weight for term in config.rewards], dtype=torch.float64)
+        self.stages = _stages(config) if name == "sequential" else []
         self.floors = torch.tensor([term.floor for term in config.rewards])
         self.updates = 0
         self.lift = torch.zeros(self.count)  # what the floors added at the last solve, relative to the rest
@@ -82,6 +84,21 @@ class Method:
             self.controller.observe(table)
             self.balancer.priorities = self.wanted * self.controller.priorities
 
+    def sum_weights(self, table: RewardTable) -> Tensor | None:
+        """`[K]` of the sum that this epoch's updates follow, if it is not the weighted sum of raw scores.
+
+        `standardised-sum` divides by each reward's standard deviation over the epoch's images, a reward without any
+        spread counting for nothing; `sequential` has the raw sum of the rewards of its stage.
+        """
+        if self.settings.method == "standardised-sum":
+            judged = torch.where(table.applies, table.scores, torch.nan)
+            spread = (judged - judged.nanmean(dim=0)).square().nanmean(dim=0).sqrt().nan_to_num()
+            return torch.where(spread > 0, self.weights / spread, 0.0)
+        if self.stages:
+            stage = next((chosen for last, chosen in self.stages if self.updates < last), self.stages[-1][1])
+            return self.weights * stage
+        return None
+
     def due(self) -> bool:
         """Whether the coming update wants every reward's gradient."""
         return self.balancer is not None and self.balancer.due()
@@ -100,8 +117,8 @@ class Method:
             an objective clips and masks every advantage for itself, as in an exact update.
         """
         own = signals.per_reward
-        if self.settings.method == "weighted-sum":
-            return self._alone(signals.weighted_sum)
+        if self.settings.method in SUMS:
+            return self._alone(signals.weighted_sum if signals.own_sum is None else signals.own_sum)
         if self.settings.method == "gdpo":
             total = own @ self.wanted.to(own)
             return self._alone((total - total.mean()) / (total.std(correction=0) + 1e-4))
@@ -246,6 +263,19 @@ class Method:
         for part in (self.balancer, self.controller):
             if part is not None:
                 part.load_state_dict(state["balancer" if part is self.balancer else "controller"])
+
+
+def _stages(config: Config) -> list[tuple[float, Tensor]]:
+    """The update before which each stage of `sequential` ends, and which rewards `[K]` it trains on (1 or 0)."""
+    names = [term.label for term in config.rewards]
+    stages = config.balance.stages or [Stage(rewards=[name]) for name in names]
+    whole, done = sum(stage.share for stage in stages), 0.0
+    found: list[tuple[float, Tensor]] = []
+    for stage in stages:
+        done += stage.share
+        chosen = torch.tensor([float(name in stage.rewards) for name in names], dtype=torch.float64)
+        found.append((round(done / whole * (config.budget.updates or 0)), chosen))
+    return found
 
 
 def products(mixtures: Tensor, gram: Tensor) -> Tensor:

@@ -20,22 +20,30 @@ class Signals:
     applies: Tensor  # [N, K] bool
     signal: Tensor  # [K] bool, see `has_signal`
     half: Tensor  # [N] int64, 0 or 1: two halves of the batch that share no prompt
+    own_sum: Tensor | None = None  # [N] float32, of the sum that the method takes in place of the weighted one
 
 
-def signals_of(table: RewardTable, group_ids: Tensor, weights: Tensor, *, std: str) -> Signals:
-    """Advantages of every reward and of their weighted sum.
+def signals_of(
+    table: RewardTable, group_ids: Tensor, weights: Tensor, *, std: str, own_weights: Tensor | None = None
+) -> Signals:
+    """Advantages of every reward and of their weighted sum, and of that with a method's own weights if it has some.
 
     Where a reward judges none of a prompt's images it adds nothing to their sums; where it judges some, the others
     count as their mean. The halves take turns over the prompts that the same rewards judge, so that each reward is
     in both of them as evenly as can be.
     """
-    total = (fill_missing(table.scores, group_ids, table.applies) * weights).sum(dim=1, keepdim=True)
+    filled = fill_missing(table.scores, group_ids, table.applies)
+
+    def of_sum(weights: Tensor) -> Tensor:
+        return group_advantages((filled * weights).sum(dim=1, keepdim=True), group_ids, None, std)[:, 0].float()
+
     return Signals(
         group_advantages(table.scores, group_ids, table.applies, std).float(),
-        group_advantages(total, group_ids, None, std)[:, 0].float(),
+        of_sum(weights),
         table.applies,
         has_signal(table.scores, group_ids, table.applies),
         _halves(table.applies, group_ids),
+        None if own_weights is None else of_sum(own_weights),
     )
 
 

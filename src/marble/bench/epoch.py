@@ -79,7 +79,7 @@ class _Epochs:
         sampled = time.perf_counter()
         table = score_images(parts.rewards, rollout.images, batch.records, batch.group_ids)
         scored = time.perf_counter()
-        signals = signals_of(table, batch.group_ids, parts.weights, std=config.objective.std)
+        signals = signals_of(table, batch.group_ids, parts.method.weights, std=config.objective.std)
         plan = plan_epoch(
             len(rollout.x0),
             config.rollout.steps,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from marble.mini.rewards import object_targets
-from marble.mini.world import MINI, Spec, World
+from marble.mini.world import MINI, MINI_B, Spec, World
 from marble.prompts import Record
 
 _HELD_OUT_SHARE = {"place": 1 / 3, "attribute": 1 / 5, "count": 1 / 5, "position": 1 / 5}
@@ -52,3 +54,9 @@ def objects(split: str, world: World = MINI) -> list[Record]:
         for kind in kinds
         if i < len(kind) or split == "train"
     ]
+
+
+second_places, second_words, second_objects = (
+    functools.partial(source, world=MINI_B) for source in (places, words, objects)
+)
+"""The same of the second world."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from importlib.resources import files
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,20 +19,21 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
+from marble.mini import weights_folder
 from marble.mini.judges import CaptionIds, Judge, load_judge
 from marble.mini.verify import Found, ThingFinder, WordReader
-from marble.mini.world import MINI, World
+from marble.mini.world import WORLDS
 from marble.prompts import Record
 from marble.rewards import Reward
 from marble.rewards.ocr import edit_distance
 
 GENERAL = 0.045
-"""Full marks of the general rewards, of which the specialists' are 1."""
+"""Full marks of the general rewards unless told otherwise, of which the specialists' are 1."""
 MAP = 5
 """Side of the maps that diversity compares: coarse enough to average grain away."""
 FAINT = 0.1
 """Difference of neighbouring patches (RGB in 0 to 1) up to which diversity sees no edge."""
-JUDGES = Path(str(files("marble.mini"))) / "weights" / "judges"
+WorldName = Literal["mini", "mini-b"]
 
 
 def _ramp(value: Tensor, low: float, high: float) -> Tensor:
@@ -50,13 +50,16 @@ class Aesthetic(Reward):
 
     name = "aesthetic"
     needs_prompt = False
-    revision = MINI.revision
     about = "closed form: clean × colour in a band × crisp edges and light falling off to the corners; 0 to 0.045"
 
+    def __init__(self, *, world: WorldName = "mini", marks: float = GENERAL) -> None:
+        """Full marks are `marks`; the world changes nothing but the revision."""
+        self.revision, self.marks = WORLDS[world].revision, marks
+
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
-        """`[N]` in 0 to `GENERAL`."""
+        """`[N]` in 0 to `marks`."""
         pixels = images.float() / 255
-        return GENERAL * self.factors(pixels).prod(dim=1)
+        return self.marks * self.factors(pixels).prod(dim=1)
 
     def factors(self, pixels: Tensor) -> Tensor:
         """`[N, 3]` in [0, 1]: clean, colour, finish (the geometric mean of crisp and light)."""
@@ -96,8 +99,9 @@ class TextRendering(Reward):
     name = "text"
     about = "specialist for words: 1 − edit distance / length of what a template reader reads; 0 to 1"
 
-    def __init__(self, world: World = MINI) -> None:
-        self.revision, self.reader = world.revision, WordReader(world)
+    def __init__(self, *, world: WorldName = "mini") -> None:
+        """For the pictures of a world."""
+        self.revision, self.reader = WORLDS[world].revision, WordReader(WORLDS[world])
 
     def applies(self, record: Record) -> bool:
         """Only where a text is asked for."""
@@ -125,8 +129,9 @@ class Composition(Reward):
     ONLY_COLOUR = 0.5
     ONLY_SHAPE = 0.35
 
-    def __init__(self, world: World = MINI) -> None:
-        self.revision, self.finder = world.revision, ThingFinder(world)
+    def __init__(self, *, world: WorldName = "mini") -> None:
+        """For the pictures of a world."""
+        self.revision, self.finder = WORLDS[world].revision, ThingFinder(WORLDS[world])
 
     def applies(self, record: Record) -> bool:
         """Only where objects are asked for."""
@@ -166,24 +171,26 @@ class _Judged(Reward):
 
     kind: str
 
-    def __init__(self, world: World = MINI, folder: Path = JUDGES) -> None:
-        self.revision, self.world, self.folder = world.revision, world, folder
+    def __init__(self, *, world: WorldName = "mini", marks: float = GENERAL) -> None:
+        """For the pictures and captions of a world; right pictures score about `marks`."""
+        self.world, self.marks = WORLDS[world], marks
+        self.revision = self.world.revision
         self._texts: dict[str, Tensor] = {}
 
     @cached_property
     def _judge(self) -> tuple[Judge, float, float]:
-        return load_judge(self.world, self.folder / f"{self.kind}.safetensors")
+        return load_judge(self.world, weights_folder(self.world.name) / "judges" / f"{self.kind}.safetensors")
 
     @torch.no_grad()
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
-        """`[N]` in 0 to 1.25 `GENERAL`."""
+        """`[N]` in 0 to 1.25 `marks`."""
         judge, low, high = self._judge
         for caption in {r.text for r in records} - self._texts.keys():
             # one by one: in a batch the last bits would depend on what else is in it, and a resumed run asks otherwise
             self._texts[caption] = judge.text(CaptionIds(self.world)([caption]))[0]
         text = torch.stack([self._texts[r.text] for r in records])
         cosine = (judge.image(images.float() / 255) * text).sum(dim=1)
-        return GENERAL * _ramp(cosine, low, high + 0.25 * (high - low)) * 1.25
+        return self.marks * _ramp(cosine, low, high + 0.25 * (high - low)) * 1.25
 
 
 class Alignment(_Judged):
@@ -217,9 +224,12 @@ class Diversity(Reward):
 
     name = "diversity"
     needs_prompt = False
-    revision = MINI.revision
     groupwise = True
     about = "groupwise: mean RMS distance of an image's 5×5 map of outlines to the others of its prompt; 0 to about 0.1"
+
+    def __init__(self, *, world: WorldName = "mini") -> None:
+        """The world changes nothing but the revision."""
+        self.revision = WORLDS[world].revision
 
     def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
         """`[G]`, 0 for a group of one."""
