@@ -72,10 +72,10 @@ def policy_of(folder: Path) -> Policy:
     return policy
 
 
-def rollout_of(policy: Policy) -> Rollout:
+def rollout_of(policy: Policy, scheduler: str = "own") -> Rollout:
     texts = ["a red circle", "the word cat", "a blue square"]
     batch = PromptBatch([Record(text, "x") for text in texts], GROUP, list(range(IMAGES)))
-    return collect(policy, batch, steps=4, images_per_call=IMAGES)
+    return collect(policy, batch, steps=4, images_per_call=IMAGES, scheduler=scheduler)
 
 
 def signals_for(epoch: int = 0, spoilt: tuple[int, ...] = ()) -> Signals:
@@ -100,10 +100,10 @@ class Trial:
     start: dict[str, list[Tensor]]
 
     @classmethod
-    def of(cls, folder: Path) -> Trial:
+    def of(cls, folder: Path, scheduler: str = "own") -> Trial:
         policy = policy_of(folder)
         start = {name: [p.detach().clone() for p in slot] for name, slot in policy._slots.items()}
-        return cls(policy, rollout_of(policy), start)
+        return cls(policy, rollout_of(policy, scheduler), start)
 
     def parts(self, config: Config) -> Parts:
         """Everything anew, from the start."""
@@ -115,7 +115,7 @@ class Trial:
         engine = PerRewardGradients(self.policy.denoiser, parameters=self.policy.parameters)
         updater = Updater(self.policy, config)
         rewards: list[Any] = [SimpleNamespace(name=term.reward) for term in config.rewards]
-        return Parts(self.policy, None, rewards, [], Method(config), engine, updater, [], WEIGHTS, Absence(1))
+        return Parts(self.policy, None, rewards, [], Method(config), engine, updater, [], Absence(1))
 
     @staticmethod
     def plan(config: Config, epoch: int = 0, own: range | None = None) -> list[list[Visits]]:
@@ -167,11 +167,4 @@ class Trial:
 def part_of(rollout: Rollout, own: range) -> Rollout:
     """The images that one of several processes holds."""
     chosen = torch.arange(own.start, own.stop)
-    samples = rollout.samples
-    some = replace(
-        samples,
-        x0=samples.x0[chosen],
-        images=samples.images[chosen],
-        conditioning=samples.conditioning[chosen],
-    )
-    return replace(rollout, samples=some, offset=own.start)
+    return replace(rollout, samples=rollout.samples[chosen], offset=own.start)

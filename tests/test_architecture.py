@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "marble"
 ROOMS = [
     ("errors", "statistics", "storage", "seeds", "registry", "catalogue", "distributed", "memory", "shard"),
-    ("rules",),
+    ("rules", "overrides"),
     ("config",),
     ("prompts",),
     ("noise",),
@@ -27,6 +27,7 @@ ROOMS = [
     ("setup",),
     ("step",),
     ("heldout",),
+    ("scoring",),
     ("serve",),
     ("resume",),
     ("export",),

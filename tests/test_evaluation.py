@@ -1,9 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from marble import Evaluation, Policy, evaluate
-from marble.evaluation import gains
+from marble.evaluation import fixed_seeds, gains, sample_of, save_sample
 from marble.mini.rewards import Aesthetic, Diversity, TextRendering
 from marble.prompts import Record
 
@@ -76,3 +79,34 @@ def test_evaluate_is_fixed_by_its_seeds(untrained):
     torch.testing.assert_close(one.scores, two.scores, atol=1e-3, rtol=0, equal_nan=True)
     assert one.means().keys() == {"aesthetic", "text", "diversity"}
     assert one.to_json()["scores"][0][1] is None
+
+
+def test_what_was_written_is_read_back():
+    some = table([[0.1, float("nan")], [1 / 3, 2.0]])
+    again = Evaluation.from_json(json.loads(json.dumps(some.to_json() | {"missing": {"a": 1}})))
+    assert torch.equal(again.scores.nan_to_num(-1), some.scores.nan_to_num(-1))
+    assert (again.names, again.prompts, again.missing) == (some.names, some.prompts, {"a": 1})
+    assert again.means() == some.means()
+
+
+def test_seeds_are_the_same_in_every_evaluation():
+    assert fixed_seeds(3) == [2673900195, 1158369938, 2762274009]  # results of years rest on them
+    assert fixed_seeds(5)[:3] == fixed_seeds(3)
+
+
+def test_gains_of_several_rewards_draw_from_one_generator():
+    rng = np.random.default_rng(1)
+    before, after = (table(rng.normal(size=(20, 2))) for _ in range(2))
+    found, drawing = gains(before, after, resamples=50, seed=7), np.random.default_rng(7)
+    for k, name in enumerate("ab"):
+        difference = (after.scores - before.scores)[:, k].view(10, 2).mean(dim=1).numpy()
+        means = difference[drawing.integers(10, size=(50, 10))].mean(axis=1)
+        expected = np.percentile(means, [2.5, 97.5]).tolist()
+        assert [found[name].low, found[name].high] == pytest.approx(expected, rel=1e-12)
+
+
+def test_samples_are_whole_and_of_a_video_the_middle(tmp_path):
+    video = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 4, 4)
+    save_sample(sample_of(video), tmp_path, 2, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["002_1.png"]
+    assert Image.open(tmp_path / "002_1.png").getpixel((0, 0)) == (1, 1, 1)

@@ -12,6 +12,7 @@ from marble.statistics import (
     nondominated,
     relative_gain,
     seed_interval,
+    share_interval,
     win_rate,
 )
 
@@ -84,3 +85,11 @@ def test_hypervolume_is_the_share_of_boxes_that_are_dominated(count, axes, seed)
     cells = np.stack(np.meshgrid(*[np.arange(5)] * axes, indexing="ij"), axis=-1).reshape(-1, axes) + 0.5
     inside = (points[:, None] >= cells[None]).all(axis=2).any(axis=0).sum()
     assert hypervolume(points, np.zeros(axes)) == pytest.approx(inside)
+
+
+def test_share_interval_is_wilsons():
+    assert share_interval(0.0, 10) == pytest.approx((0, 1.96**2 / (10 + 1.96**2)), abs=1e-4)
+    low, high = share_interval(0.5, 20)
+    assert low == pytest.approx(1 - high)
+    # (p + z²/2n ± z sqrt(p(1−p)/n + z²/4n²)) / (1 + z²/n) at p = .5, n = 20, z = 1.96
+    assert high == pytest.approx((0.5 + 0.09604 + 1.96 * (0.0125 + 0.002401) ** 0.5) / 1.19208, abs=1e-4)

@@ -38,6 +38,7 @@ METHODS = FROM_GRADIENTS | FROM_ADVANTAGES
 OBJECTIVES = {
     "nft": "DiffusionNFT: towards good samples and away from bad ones, relative to the old policy",
     "awm": "advantage-weighted matching: the pretraining loss weighted by the advantage, clipped as in PPO",
+    "ppo": "PPO on the sampler's own steps: Flow-GRPO for flow models, DDPO for all others",
 }
 
 SCHEDULERS = {
@@ -45,5 +46,43 @@ SCHEDULERS = {
     "dpm++": "DPM-Solver++ 2M",
     "euler": "Euler, of the flow or of the probability flow",
     "ddim": "DDIM; not for flow models",
+    "sde": "noisy steps of known log-probability, for ppo: Flow-GRPO's for flow models, DDIM with eta 1 for others",
 }
 """What a pipeline may sample with."""
+
+ARMS: dict[str, tuple[str, dict[str, object]]] = {
+    "ppo": (
+        "PPO on the weighted sum of raw scores: Flow-GRPO for flow models, DDPO for epsilon models",
+        {"objective.name": "ppo", "rollout.scheduler": "sde", "balance.method": "weighted-sum"},
+    ),
+    "awm": (
+        "advantage-weighted matching on the weighted sum of raw scores",
+        {"objective.name": "awm", "balance.method": "weighted-sum"},
+    ),
+    "published-first": (
+        "published, its solves looking at the first micro-batch alone, as its authors' code has it",
+        {"balance.method": "published", "balance.solve_share": 1e-9},
+    ),
+    "published-every": (
+        "published, solving in every update and without smoothing",
+        {"balance.method": "published", "balance.refresh": 1, "balance.decay": 0.0},
+    ),
+    "published-uniform": (
+        "published with equal weights in place of solved ones",
+        {"balance.method": "uniform", "balance.advantage_scale": "published", "balance.norms": "raw"},
+    ),
+    "unnormalised": (
+        "published without normalising gradients before it solves",
+        {"balance.method": "mgda", "balance.advantage_scale": "published", "balance.norms": "raw"},
+    ),
+}
+"""What `marble compare` can name besides methods: a line about it, and the settings that it lays over a config."""
+
+SPECIALIST = "specialist:"
+SPECIALISTS = "specialists"
+ARM_FORMS = {
+    f"{SPECIALIST}REWARD": "trains on that reward alone; the others are evaluated all the same",
+    SPECIALISTS: "a specialist for every training reward",
+    "NAME=BASE:setting=value,…": "any of these with settings: gentle=marble:balance.refresh=5,balance.decay=0.9",
+}
+"""Arms that are not one fixed name."""

@@ -131,7 +131,10 @@ class Rollout(_Section):
     guidance: float = Field(
         1.0, ge=0, description="1 for none; the scale that a guidance-distilled model (FLUX.1-dev) is told"
     )
-    scheduler: Annotated[str, _known(SCHEDULERS)] = Field("own", description="see marble list schedulers")
+    scheduler: Annotated[str, _known(SCHEDULERS)] = Field(
+        "own", description="see marble list schedulers; ppo samples with sde"
+    )
+    noise: float = Field(0.7, gt=0, description="sde: level of the noise between a flow model's steps")
     judged_frames: int | None = Field(
         None, ge=1, description="of a video, evenly spaced: those that rewards for images judge; all, if not given"
     )
@@ -154,13 +157,25 @@ class Objective(_Section):
 
     name: Annotated[str, _known(OBJECTIVES)] = Field("nft", description="see marble list objectives")
     beta: float = Field(0.1, gt=0, description="nft: distance of its implicit policies from the old one")
-    clip: float = Field(1.0, gt=0, description="awm: the ratio is clipped to 1 ± this")
+    clip: float = Field(1.0, gt=0, description="awm, ppo (there 1e-4): the ratio is clipped to 1 ± this")
     pull: float = Field(5.0, ge=0, description="awm: weight of the pull to the old policy")
     amax: float = Field(5.0, gt=0, description="advantages are clipped to ± this")
-    kl: float = Field(1e-4, ge=0, description="weight of mean (v_theta − v_ref)²; 0 saves the reference's forward")
+    kl: float = Field(
+        1e-4,
+        ge=0,
+        description="weight of mean (v_theta − v_ref)², of the steps' divergence for ppo (there 0.04); 0 saves the "
+        "reference's forward",
+    )
     timesteps: int = Field(9, ge=1, description="of the sampler's steps (the last left out), trained per image")
     std: Literal["batch", "group"] = Field("batch", description="whose standard deviation divides an advantage")
     old: Decay = Decay()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _presets(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "ppo":
+            return {"clip": 1e-4, "kl": 0.04, "old": {"slope": 0.0, "limit": 0.0}, **values}
+        return values
 
 
 class Stage(_Section):
@@ -272,6 +287,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Config:
+        if self.objective.name == "ppo" and self.rollout.scheduler == "own":
+            self.rollout = self.rollout.model_copy(update={"scheduler": "sde"})
         check_rules(self)
         return self
 

@@ -1,4 +1,4 @@
-"""How well a direction serves the reward that it serves worst."""
+"""How well a direction serves each reward, and the one that it serves worst."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ def worst_cosines(
 ) -> dict[str, float]:
     """Smallest cosine, over the rewards, of some directions with each reward's own gradient.
 
+    Args:
+        gram: as for `direction_cosines`, and so are the others.
+        parts: `[K + 1, R]`.
+        signal: `[K]` bool.
+        directions: by name.
+
+    Returns:
+        By the keys of `direction_cosines`; empty if no reward has a signal.
+    """
+    found = direction_cosines(gram, parts, signal, directions)
+    return {key: cosines[~cosines.isnan()].min().item() for key, cosines in found.items()}
+
+
+def direction_cosines(
+    gram: Tensor, parts: Tensor, signal: Tensor, directions: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Cosines of some directions with each reward's own gradient.
+
     All gradients are raw, before the optimiser, of one batch. Each is looked at whole, and without the part
     of the loss that no advantage enters (a pull to the old policy, common to all rewards).
 
@@ -26,23 +44,42 @@ def worst_cosines(
 
     Returns:
         `cosine/D` and `cosine_advantage/D` (without the advantage-free part) for every direction and for `fresh`, the
-        min-norm direction solved on this very batch. Empty if no reward has a signal.
+        min-norm direction solved on this very batch: `[K]` float64 each, NaN for a reward that is left out, 0 for a
+        direction that is zero. Empty if no reward has a signal.
     """
     gram, out = gram.double(), {}
     fine = gram.diagonal().isfinite()
     gram = torch.where(fine[:, None] & fine, gram, 0.0)
-    own = parts[:-1][signal & ~(parts[:-1, ~fine] != 0).any(dim=1)]
+    used = signal & ~(parts[:-1, ~fine] != 0).any(dim=1)
+    own = parts[:-1][used]
     if not len(own):
         return {}
     for place, (kind, rewards) in enumerate((("cosine", own + parts[-1]), ("cosine_advantage", own))):
         products = rewards @ gram
-        norms = (products * rewards).sum(dim=1).clamp_min(1e-300).sqrt()
-        fresh = min_norm_weights((products @ rewards.T) / (norms[:, None] * norms)) / norms @ rewards
-        mixtures = {name: pair[place].double() for name, pair in directions.items()} | {"fresh": fresh}
+        norms = _norms(rewards, gram)
+        mixtures = {name: pair[place].double() for name, pair in directions.items()}
+        mixtures["fresh"] = fresh_mixture(rewards, gram)
         for name, mixture in mixtures.items():
             length = (mixture @ gram @ mixture).clamp_min(0).sqrt()
-            out[f"{kind}/{name}"] = ((products @ mixture / norms).min() / length).item() if length > 0 else 0.0
+            cosines = torch.full((len(signal),), torch.nan, dtype=torch.float64)
+            cosines[used] = products @ mixture / norms / length if length > 0 else 0.0
+            out[f"{kind}/{name}"] = cosines
     return out
+
+
+def fresh_mixture(rewards: Tensor, gram: Tensor) -> Tensor:
+    """`[R]`: the min-norm direction of gradients brought to unit length, as a mixture of the vectors.
+
+    Args:
+        rewards: `[k, R]` float64, the gradients as mixtures of R vectors; k ≥ 1.
+        gram: `[R, R]` float64, finite inner products of the vectors.
+    """
+    norms = _norms(rewards, gram)
+    return min_norm_weights(rewards @ gram @ rewards.T / (norms[:, None] * norms)) / norms @ rewards
+
+
+def _norms(rewards: Tensor, gram: Tensor) -> Tensor:
+    return (rewards @ gram * rewards).sum(dim=1).clamp_min(1e-300).sqrt()
 
 
 def reward_cosines(gram: Tensor) -> Tensor:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from marble.distributed import gather_rows, share
 from marble.policy import Policy
 from marble.prompts import Record
-from marble.rewards import Judging, Reward
+from marble.rewards import Judging, Reward, RewardTable
 from marble.rewards.cache import ScoreCache
 from marble.rewards.gather import gather_table
 from marble.rewards.judging import to_bytes
+from marble.seeds import derive
+from marble.statistics import RESAMPLES, bootstrap_interval
+
+SHOWN_PROMPTS = 18
+"""How many prompts' images are kept to be looked at, from the first."""
+SHOWN_IMAGES = 3
+"""How many of each."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,14 @@ class Evaluation:
         content = {"names": self.names, "prompts": self.prompts, "scores": rows, "means": self.means()}
         return content | ({"missing": self.missing} if self.missing else {})
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Evaluation:
+        """What `to_json` gave, without images."""
+        rows = [[float("nan") if v is None else v for v in row] for row in content["scores"]]
+        scores = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(content["names"]))
+        empty = torch.empty(len(rows), 3, 0, 0, dtype=torch.uint8)
+        return cls(content["names"], scores, content["prompts"], empty, content.get("missing", {}))
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -58,6 +76,11 @@ class Gain:
     low: float  # 95% interval of the gain, bootstrapped over prompts
     high: float
     spread: float  # standard deviation of the first evaluation's scores, to express gains in
+
+
+def fixed_seeds(count: int) -> list[int]:
+    """The seeds of a prompt's images in every evaluation, whatever the run's own seed."""
+    return [derive(0, "evaluation", i) % 2**32 for i in range(count)]
 
 
 def evaluate(
@@ -88,30 +111,30 @@ def evaluate(
         adapter: which adapter to evaluate, None for the base model.
         batch: images sampled in one call of the pipeline.
         guidance: guidance scale; 1 for none.
-        scheduler: one of `marble.noise.SCHEDULERS`.
+        scheduler: one of the catalogue's `SCHEDULERS`.
         frames: how many frames of a video a reward for images judges; all, if not given.
         shown: of how many prompts, from the first, the images are kept; of all, if not given.
         cache: scores of earlier evaluations, of the rewards that allow it.
     """
     own, each = share(len(prompts)), len(seeds)
     mine, rows = prompts[own.start : own.stop], range(own.start * each, own.stop * each)
-    images, made = torch.empty(0, 3, 0, 0), [*mine]
-    if policy.in_step:  # every process makes as many calls as the one with the largest share
-        made += [prompts[0]] * (len(share(len(prompts), 0)) - len(mine))
-    groups = torch.arange(own.start, own.stop).repeat_interleave(each)
-    judging = Judging(rewards, [record for record in mine for _ in seeds], groups, frames=frames, cache=cache)
-    if made:
-        images = policy.images(
-            [p.text for p in made],
-            list(seeds) * len(made),
-            steps=steps,
-            adapter=adapter,
-            guidance=guidance,
-            scheduler=scheduler,
-            batch=batch,
-            seen=judging.add,
-        )[: len(rows)]
-    table = gather_table(judging.table(), rows, len(prompts) * each)
+    # every process makes as many calls as the one with the largest share
+    idle = [prompts[0]] * (len(share(len(prompts), 0)) - len(mine)) if policy.in_step else []
+    table, images = make_and_judge(
+        policy,
+        rewards,
+        mine,
+        idle=idle,
+        seeds=seeds,
+        steps=steps,
+        adapter=adapter,
+        batch=batch,
+        guidance=guidance,
+        scheduler=scheduler,
+        frames=frames,
+        cache=cache,
+    )
+    table = gather_table(table, rows, len(prompts) * each)
     keep = each * (len(prompts) if shown is None else min(shown, len(prompts)))
     kept = range(min(rows.start, keep), min(rows.stop, keep))
     pixels = gather_rows(to_bytes(images[: len(kept)]), kept, keep)
@@ -119,7 +142,63 @@ def evaluate(
     return Evaluation(table.names, table.scores, texts, pixels, missing, table.silent)
 
 
-def gains(before: Evaluation, after: Evaluation, *, resamples: int = 2000, seed: int = 0) -> dict[str, Gain]:
+def make_and_judge(
+    policy: Policy,
+    rewards: Sequence[Reward],
+    prompts: Sequence[Record],
+    *,
+    seeds: Sequence[int],
+    frames: int | None,
+    cache: ScoreCache | None,
+    idle: Sequence[Record] = (),
+    **sampling: Any,
+) -> tuple[RewardTable, Tensor]:
+    """What `evaluate` does in one process alone, which is told nothing by the others.
+
+    Args:
+        policy: as for `evaluate`.
+        rewards: K rewards.
+        prompts: of this process, maybe none.
+        seeds: as for `evaluate`.
+        frames: as for `evaluate`.
+        cache: as for `evaluate`.
+        idle: prompts whose images are made beside and thrown away, to keep step with other processes.
+        sampling: of `Policy.images`: `steps`, `adapter`, `batch`, `guidance`, `scheduler`.
+
+    Returns:
+        The table of these prompts' images alone, and the images, `[M, 3, H, W]` float in [0, 1].
+    """
+    each, made = len(seeds), [*prompts, *idle]
+    groups = torch.arange(len(prompts)).repeat_interleave(each)
+    judging = Judging(rewards, [record for record in prompts for _ in seeds], groups, frames=frames, cache=cache)
+    images = torch.empty(0, 3, 0, 0)
+    if made:
+        texts, repeated = [record.text for record in made], list(seeds) * len(made)
+        images = policy.images(texts, repeated, seen=judging.add, **sampling)[: len(prompts) * each]
+    return judging.table(), images
+
+
+def sample_of(pixels: Tensor) -> Tensor:
+    """`[3, H, W]` of an image, or of a video's middle frame."""
+    return pixels[len(pixels) // 2] if pixels.ndim == 4 else pixels
+
+
+def save_sample(pixels: Tensor, folder: Path, prompt: int, image: int) -> None:
+    """Write uint8 `[3, H, W]` as `PPP_I.png`, whole or not at all."""
+    path = folder / f"{prompt:03d}_{image}.png"
+    aside = path.with_name(path.name + ".part")
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(aside, format="PNG")
+    os.replace(aside, path)
+
+
+def paired(before: Evaluation, after: Evaluation, k: int) -> tuple[Tensor, Tensor]:
+    """Both evaluations' scores by reward k, `[prompts, images]` each, NaN in both where one of them has none."""
+    one, two = (evaluation.scores[:, k].view(len(before.prompts), -1) for evaluation in (before, after))
+    both = ~one.isnan() & ~two.isnan()
+    return torch.where(both, one, torch.nan), torch.where(both, two, torch.nan)
+
+
+def gains(before: Evaluation, after: Evaluation, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Gain]:
     """Paired gains by reward, with percentile bootstrap intervals over prompts.
 
     Prompts, not images, are resampled: images of one prompt are not independent of each other. Images that a reward
@@ -133,22 +212,13 @@ def gains(before: Evaluation, after: Evaluation, *, resamples: int = 2000, seed:
     rng = np.random.default_rng(seed)
     out = {}
     for k, name in enumerate(before.names):
-        each = [evaluation.scores[:, k].view(len(before.prompts), -1) for evaluation in (before, after)]
-        paired = ~each[0].isnan() & ~each[1].isnan()
-        first, second = (torch.where(paired, scores, torch.nan).nanmean(dim=1).numpy() for scores in each)
-        judged = paired.any(dim=1).numpy()
+        first, second = (scores.nanmean(dim=1).numpy() for scores in paired(before, after, k))
+        judged = ~np.isnan(first)
         difference = (second - first)[judged]
         if not len(difference):
             continue
-        drawn = difference[rng.integers(len(difference), size=(resamples, len(difference)))].mean(axis=1)
-        low, high = np.percentile(drawn, [2.5, 97.5])
+        low, high = bootstrap_interval(difference, resamples=resamples, seed=rng)
         spread = float(np.nanstd(before.scores[:, k].numpy()))
-        out[name] = Gain(
-            float(first[judged].mean()),
-            float(second[judged].mean()),
-            float(difference.mean()),
-            float(low),
-            float(high),
-            spread,
-        )
+        means = float(first[judged].mean()), float(second[judged].mean()), float(difference.mean())
+        out[name] = Gain(*means, low, high, spread)
     return out

@@ -6,23 +6,26 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
 
 from marble.config import Config
 from marble.distributed import agree, decide, is_main
 from marble.errors import MarbleError
-from marble.evaluation import Evaluation, evaluate, gains
+from marble.evaluation import (
+    SHOWN_IMAGES,
+    SHOWN_PROMPTS,
+    Evaluation,
+    evaluate,
+    fixed_seeds,
+    gains,
+    sample_of,
+    save_sample,
+)
 from marble.rewards.cache import ScoreCache
 from marble.run import Run
-from marble.seeds import derive
 from marble.setup import Parts, tracked
 
 log = logging.getLogger("marble")
-
-SHOWN_PROMPTS = 18
-SHOWN_IMAGES = 3
 
 
 class HeldOut:
@@ -32,7 +35,7 @@ class HeldOut:
         """Set up; nothing is evaluated yet."""
         self.run, self.config, self.parts = run, config, parts
         self.rewards = [*parts.rewards, *parts.held_out_rewards]
-        self.seeds = [derive(0, "evaluation", i) % 2**32 for i in range(config.evaluation.images)]
+        self.seeds = fixed_seeds(config.evaluation.images)
         self.tracked = tracked(config)
         self.cache = ScoreCache.default() if any(ScoreCache.holds(reward) for reward in self.rewards) else None
         self.start: Evaluation | None = None
@@ -69,7 +72,7 @@ class HeldOut:
         """Evaluate the base model, unless an earlier part of this run has; log it as update 0."""
         known = decide(lambda: {key: self.run.evaluation().get(key) for key in ("before", "revisions")})
         if known["before"] is not None:
-            self.start = _from_json(known["before"])
+            self.start = Evaluation.from_json(known["before"])
             for reward in self.rewards:
                 then, now = (known["revisions"] or {}).get(reward.name), getattr(reward, "revision", "")
                 if then is not None and then != now:
@@ -168,12 +171,4 @@ class HeldOut:
         each = len(self.seeds)
         for p in range(min(SHOWN_PROMPTS, len(evaluation.prompts))):
             for i in range(min(SHOWN_IMAGES, each)):
-                pixels = evaluation.images[p * each + i]
-                pixels = pixels[len(pixels) // 2] if pixels.ndim == 4 else pixels  # of a video, the middle
-                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{p:03d}_{i}.png")
-
-
-def _from_json(content: dict[str, Any]) -> Evaluation:
-    rows = [[float("nan") if v is None else v for v in row] for row in content["scores"]]
-    empty = torch.empty(len(rows), 3, 0, 0, dtype=torch.uint8)
-    return Evaluation(content["names"], torch.tensor(rows, dtype=torch.float64), content["prompts"], empty)
+                save_sample(sample_of(evaluation.images[p * each + i]), folder, p, i)

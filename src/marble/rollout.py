@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from marble.errors import MarbleError
+from marble.noise import NOISE
 from marble.policy import Policy, Samples
 from marble.policy.sampling import check_pictures
 from marble.prompts import PromptBatch
@@ -44,6 +45,7 @@ def collect(
     adapter: str = "old",
     guidance: float = 1.0,
     scheduler: str = "own",
+    noise: float = NOISE,
     offset: int = 0,
     prompts: int = 0,
     seen: Callable[[Tensor], object] = lambda images: None,
@@ -64,6 +66,7 @@ def collect(
         adapter=adapter,
         guidance=guidance,
         scheduler=scheduler,
+        noise=noise,
         batch=images_per_call,
         seen=seen,
     )
@@ -72,9 +75,7 @@ def collect(
         raise MarbleError(_blame(policy, samples, broken.nonzero().flatten()[:1].cpu(), adapter))
     check_pictures(samples.images)
     if spare:
-        own = torch.arange(len(batch.seeds))
-        x0, images, conditioning = samples.x0[own], samples.images[own], samples.conditioning[own]
-        samples = replace(samples, x0=x0, images=images, conditioning=conditioning)
+        samples = samples[torch.arange(len(batch.seeds))]
     return Rollout(batch, samples, offset)
 
 

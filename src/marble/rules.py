@@ -70,6 +70,11 @@ def _geometry(config: Config) -> list[str]:
             f"with rollout.steps = {rollout.steps}; use objective.timesteps = {rollout.steps - 1} "
             f"or rollout.steps = {objective.timesteps + 1}"
         )
+    if objective.name == "ppo" and rollout.scheduler != "sde":
+        problems.append(
+            "rollout.scheduler: ppo needs the log-probabilities of the sampler's steps, got "
+            f"{rollout.scheduler}; use sde"
+        )
     if config.model.shard and config.model.train == "full":
         problems.append("model.shard: only a frozen base can be in shards, got model.train = full; use lora")
     if config.model.shard and config.model.quantize:

@@ -12,10 +12,12 @@ from scipy import stats
 RESAMPLES = 2000
 
 
-def bootstrap_interval(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: np.ndarray, *, resamples: int = RESAMPLES, seed: int | np.random.Generator = 0
+) -> tuple[float, float]:
     """95% percentile interval of the mean of `values` `[M]`, M ≥ 1, resampled independently of each other.
 
-    Of one value it has no width: say so where it is shown.
+    Of one value it has no width: say so where it is shown. A generator as `seed` is drawn from where it stands.
 
     Raises:
         ValueError: there are none, or some are NaN.
@@ -37,6 +39,18 @@ def seed_interval(values: np.ndarray) -> tuple[float, float] | None:
         return None
     half = float(stats.t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / len(values) ** 0.5
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """95% interval of a share of `count` ≥ 1 independent cases, by Wilson's score.
+
+    A mean of `count` independent shares, each between 0 and 1, varies no more than one of yes and no does: for that it
+    is never too narrow.
+    """
+    z = float(stats.norm.ppf(0.975))
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -200,7 +200,7 @@ class _Update:
         remedy = "a lower optimizer.lr" if self.policy.denoiser.dtype == torch.float32 else "model.dtype: float32"
         raise MarbleError(
             f"the loss of update {self.updater.updates + 1} is not finite, "
-            f"{where_broken(self.policy, rollout, visits)}; what was learned before is kept; "
+            f"{where_broken(self.policy, rollout, visits, self.objective)}; what was learned before is kept; "
             f"{remedy} usually helps"
         )
 

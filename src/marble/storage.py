@@ -56,10 +56,16 @@ def save_tree(path: Path, tree: Any) -> None:
     os.replace(aside, path)
 
 
-def load_tree(path: Path) -> Any:
-    """What `save_tree` saved; tuples come back as lists."""
+def load_tree(path: Path, *keys: str | int) -> Any:
+    """What `save_tree` saved; tuples come back as lists. With `keys`, what lies under them in nested dicts alone.
+
+    Raises:
+        KeyError: nothing lies under `keys`.
+    """
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["tree"])
+        for key in keys:
+            header = dict(header[_ITEMS])[key]
 
         def decode(node: Any) -> Any:
             if isinstance(node, dict) and _TENSOR in node:

@@ -73,6 +73,7 @@ def train(
                 images_per_call=config.rollout.batch,
                 guidance=config.rollout.guidance,
                 scheduler=config.rollout.scheduler,
+                noise=config.rollout.noise,
                 offset=mine.start,
                 prompts=len(shares[0]),
                 seen=judging.add,  # rewards with threads of their own judge while the next images are made

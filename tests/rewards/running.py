@@ -28,6 +28,7 @@ class Mean(Reward):
     name = "mean"
     revision = "mean 1"
     about = "mean of all values"
+    accuracy_above = 0.1
     batch = 5
 
     def applies(self, record):

@@ -33,6 +33,7 @@ def test_names_and_settings(server):
     assert (by_url.name, by_url.urls, by_url.workers) == ("mean", [server], 4)
     by_url.check()
     assert (by_url.revision, by_url.batch, by_url.about) == ("mean 1", 5, "mean of all values")
+    assert by_url.accuracy_above == 0.1
     assert not by_url.groupwise
     settings = {"name": "brightness", "batch": 7, "workers": 2, "answer_within": 3}
     own = make_reward(RewardUse(reward="served-mean", url=[server + "/"], settings=settings))

@@ -69,6 +69,7 @@ def test_health_and_rewards(served):
         "revision": "mean 1",
         "about": "mean of all values",
         "needs_prompt": True,
+        "accuracy_above": 0.1,
     }
     assert rows["together"]["groupwise"]
     assert rows["clip"]["judges_videos"]

@@ -55,6 +55,6 @@ def test_a_loss_that_is_not_finite_names_layer_and_weights(policy):
     visits = plan_epoch(3, 3, timesteps=1, updates=1, micro_batch=3, seed=0, epoch=0)[0][0]
     loss, _ = visit_loss(policy, rollout, visits, Objective(kl=0.0, timesteps=1))
     assert not loss.const.isfinite().any()
-    where = where_broken(policy, rollout, visits)
+    where = where_broken(policy, rollout, visits, Objective(kl=0.0, timesteps=1))
     assert where.startswith("first in what layer transformer_blocks.1.attn.to_q")
     assert where.endswith("with the default weights")

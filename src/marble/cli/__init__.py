@@ -13,13 +13,17 @@ from marble.errors import MarbleError, nearest
 COMMANDS = {
     "demo": "fine-tune the embedded model on five rewards and write the report: minutes on a laptop",
     "train": "fine-tune a model from a config",
+    "evaluate": "score a model on held-out prompts, against its base or another",
+    "compare": "compare methods over seeds under one budget: a table, curves and a verdict",
+    "conflict": "see how rewards disagree on a model, before training it: scores, gradients, a suggested set-up",
+    "pareto": "draw the front of two or three rewards through runs, checkpoints, LoRA strengths and soups",
     "generate": "make images, with or without a LoRA",
     "score": "score images by rewards, without training",
     "serve": "judge images for other machines, over HTTP",
     "push": "publish a run's LoRA on the Hugging Face hub, with a model card",
     "report": "make a run's report again",
     "validate": "check a config without running it",
-    "list": "show the models, rewards, methods, objectives, schedulers or prompt sources there are",
+    "list": "show the models, rewards, methods, arms, objectives, schedulers or prompt sources there are",
     "bench": "measure an update's speed and memory on models of several shapes; scale: what many GPUs would do",
     "mini": "make the embedded model from scratch (mini pretrain)",
 }

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from marble.catalogue import METHODS, OBJECTIVES, SCHEDULERS
+from marble.catalogue import ARM_FORMS, ARMS, METHODS, OBJECTIVES, SCHEDULERS
 
 
 @dataclass
@@ -18,7 +18,7 @@ class List:
     example: marble list rewards
     """
 
-    what: tyro.conf.Positional[Literal["models", "rewards", "methods", "objectives", "schedulers", "prompts"]]
+    what: tyro.conf.Positional[Literal["models", "rewards", "methods", "arms", "objectives", "schedulers", "prompts"]]
     json: bool = False
     """print as JSON"""
     markdown: bool = False
@@ -79,6 +79,8 @@ def _rows(what: str) -> dict[str, str]:
 
     if what == "methods":
         return METHODS
+    if what == "arms":
+        return METHODS | {name: about for name, (about, _) in ARMS.items()} | ARM_FORMS
     if what == "objectives":
         return OBJECTIVES
     if what == "schedulers":

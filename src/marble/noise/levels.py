@@ -7,7 +7,6 @@ a step is asked of the scheduler itself, by noising a one and a zero, so that no
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from marble.errors import MarbleError
 PREDICTIONS = ("flow_prediction", "epsilon", "v_prediction", "sample")
 """What a denoiser may predict: `noise − x0`, the noise, `alpha noise − sigma x0`, or `x0` itself."""
 
-_FLOWS = ("flow_prediction", "reversed_flow_prediction")  # the latter: `x0 − noise`, where a scheduler inverts sigmas
+FLOWS = ("flow_prediction", "reversed_flow_prediction")  # the latter: `x0 − noise`, where a scheduler inverts sigmas
 
 _TOLERANCE = 2e-3  # of alpha + sigma = 1 or alpha² + sigma² = 1: some schedulers keep their table in single precision
 
@@ -43,11 +42,11 @@ class NoiseLevels:
 
     def noised(self, x0: Tensor, noise: Tensor) -> Tensor:
         """`alpha x0 + sigma noise`, `[M, …]` each."""
-        return _over(self.alphas, x0) * x0 + _over(self.sigmas, x0) * noise
+        return over(self.alphas, x0) * x0 + over(self.sigmas, x0) * noise
 
     def clean(self, x_t: Tensor, output: Tensor) -> Tensor:
         """The clean latents `[M, …]` that the denoiser's `output` at `x_t` stands for; affine in `output`."""
-        alpha, sigma = _over(self.alphas, x_t), _over(self.sigmas, x_t)
+        alpha, sigma = over(self.alphas, x_t), over(self.sigmas, x_t)
         if self.prediction == "flow_prediction":
             return x_t - sigma * output
         if self.prediction == "reversed_flow_prediction":
@@ -99,9 +98,9 @@ def levels_of(scheduler: Any, steps: Tensor, told: Tensor) -> NoiseLevels:
         ) from error
     if prediction == "reversed_flow_prediction":  # its sigmas are of the clean latents
         alphas, sigmas = sigmas, alphas
-    total = alphas + sigmas if prediction in _FLOWS else alphas.square() + sigmas.square()
+    total = alphas + sigmas if prediction in FLOWS else alphas.square() + sigmas.square()
     if not ((total - 1).abs() < _TOLERANCE).all():
-        law = "alpha + sigma" if prediction in _FLOWS else "alpha² + sigma²"
+        law = "alpha + sigma" if prediction in FLOWS else "alpha² + sigma²"
         raise MarbleError(
             f"{type(scheduler).__name__} cannot be trained with: with prediction_type {prediction} every {law} must be "
             f"1 where the denoiser is called, saw {total.min():.3f} to {total.max():.3f}; choose another with "
@@ -147,65 +146,6 @@ def _noise_with(scheduler: Any, x0: Tensor, noise: Tensor, step: Tensor) -> Tens
     return scheduler.scale_model_input(noised, step[0]).float().cpu()
 
 
-# ---- schedulers by name -----------------------------------------------------------------------------------
-
-
-def make_scheduler(name: str, own: Any) -> Any:
-    """One of the catalogue's `SCHEDULERS` for a model that comes with the scheduler `own`, with its noise schedule.
-
-    Raises:
-        MarbleError: there is none of the name, or not for flow models.
-    """
-    import diffusers
-
-    if name == "own":
-        return own
-    config, flow = dict(own.config), prediction_of(own) in _FLOWS
-    shift = config.get("shift", config.get("flow_shift", 1.0))
-    if name == "dpm++" and prediction_of(own) == "reversed_flow_prediction":
-        raise MarbleError(f"scheduler dpm++ cannot count levels upwards as {type(own).__name__} does here; use own")
-    if name == "dpm++":
-        changes: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
-        changes |= {"final_sigmas_type": "zero", "thresholding": False}
-        if config.get("use_dynamic_shifting") and config.get("time_shift_type", "exponential") != "exponential":
-            raise MarbleError(
-                f"scheduler dpm++ cannot shift its levels as {type(own).__name__} does here "
-                f"(time_shift_type {config['time_shift_type']}); use own or euler"
-            )
-        if flow:
-            changes |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-        return _taking_sigmas(diffusers.DPMSolverMultistepScheduler.from_config(config, **changes))
-    if name == "euler" and flow:
-        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift)
-    if name == "euler":
-        return diffusers.EulerDiscreteScheduler.from_config(config)
-    if name == "ddim" and not flow:
-        return diffusers.DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
-    raise MarbleError(
-        f'scheduler "{name}" is not for models that come with {type(own).__name__}; use own, dpm++ or euler'
-    )
-
-
-def _taking_sigmas(scheduler: Any) -> Any:
-    """Let a scheduler that makes its own levels be called by pipelines that always hand some over (QwenImage's)."""
-    plain = scheduler.set_timesteps
-    if "sigmas" in inspect.signature(plain).parameters:
-        return scheduler
-
-    def set_timesteps(
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        mu: float | None = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-    ) -> None:
-        count = len(sigmas) if sigmas is not None else num_inference_steps
-        extra = {} if mu is None or not scheduler.config.get("use_dynamic_shifting") else {"mu": mu}
-        plain(count, device=device, timesteps=timesteps, **extra)
-
-    scheduler.set_timesteps = set_timesteps
-    return scheduler
-
-
-def _over(values: Tensor, like: Tensor) -> Tensor:
+def over(values: Tensor, like: Tensor) -> Tensor:
+    """A number an image `[M]`, shaped to be multiplied with `like [M, …]`."""
     return values.to(like).view(-1, *[1] * (like.ndim - 1))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from marble.config import Objective
-from marble.noise import NoiseLevels
+from marble.noise import NoiseLevels, Trajectory
 from marble.objectives.affine import AffineLoss
 from marble.objectives.awm import awm_loss
 from marble.objectives.nft import nft_loss
+from marble.objectives.ppo import ppo_loss
 from marble.policy import Policy, Prediction
 from marble.rollout import Rollout
 from marble.seeds import derive, generator
@@ -26,7 +27,7 @@ class Visits:
 
     images: Tensor  # [M] int64, indices into the images at hand
     steps: Tensor  # [M] int64, indices into the sampler's T steps
-    noise_seeds: tuple[int, ...]  # [M], so that an image's noise does not depend on its neighbours
+    noise_seeds: tuple[int, ...]  # [M], so that an image's noise does not depend on its neighbours; not for ppo
     idle: Tensor | None = None  # [M] bool: those that count for nothing, and keep step with other processes
 
     def __len__(self) -> int:
@@ -121,12 +122,18 @@ def _split(count: int, most: int, tables: Tensor | None) -> list[Tensor]:
 def visit_loss(
     policy: Policy, rollout: Rollout, visits: Visits, settings: Objective
 ) -> tuple[AffineLoss, Tensor | None]:
-    """Noise the visited images afresh and take the loss there, on the clean latents that the outputs stand for.
+    """The loss at the visits.
+
+    `ppo` takes it at the steps that the sampler took, on their log-probabilities; the others noise the visited images
+    afresh and take it there, on the clean latents that the outputs stand for.
 
     Returns:
-        The affine loss `[M]` (for `nft`, times `NoiseLevels.weights`: 1 for flow models), and
-        `mean (v_theta − v_ref)²` `[M]` of every visit, None if its weight is 0.
+        The affine loss `[M]` (for `nft`, times `NoiseLevels.weights`: 1 for flow models), and the distance to the base
+        model `[M]` of every visit, None if its weight is 0: `Transitions.divergence` for `ppo`, for the others
+        `mean (v_theta − v_ref)²`.
     """
+    if settings.name == "ppo":
+        return _at_steps(policy, rollout, visits, settings)
     x0, at = _noised(rollout, visits)
     levels = at[1]
     with torch.no_grad():
@@ -139,9 +146,28 @@ def visit_loss(
     return loss, (theta.output - reference.output).square().flatten(1).mean(dim=1)
 
 
-def where_broken(policy: Policy, rollout: Rollout, visits: Visits) -> str:
+def _at_steps(
+    policy: Policy, rollout: Rollout, visits: Visits, settings: Objective
+) -> tuple[AffineLoss, Tensor | None]:
+    """`visit_loss` of `ppo`: how likely the trained policy finds the steps that were taken."""
+    trajectory = _trajectory(rollout)
+    at = _before(rollout, visits)
+    reference = None
+    if settings.kl:
+        with torch.no_grad():
+            reference = policy.predict(*at, adapter=None)
+    theta = policy.predict(*at, adapter="default")
+    x, steps = at[0], trajectory.steps[visits.steps]
+    mean = steps.mean(x, theta.output)
+    log_prob = steps.log_prob(trajectory.latents[visits.images, visits.steps + 1].to(x), mean)
+    old = trajectory.log_probs[visits.images, visits.steps].to(x)
+    loss = ppo_loss(log_prob, old, clip=settings.clip, amax=settings.amax)
+    return loss, None if reference is None else steps.divergence(mean, steps.mean(x, reference.output))
+
+
+def where_broken(policy: Policy, rollout: Rollout, visits: Visits, settings: Objective) -> str:
     """Where a loss that is not finite comes from."""
-    _, at = _noised(rollout, visits)
+    at = _before(rollout, visits) if settings.name == "ppo" else _noised(rollout, visits)[1]
     for adapter in ("default", "old", None):
         layer = first_broken(policy.denoiser, functools.partial(policy.predict, *at, adapter=adapter))
         if layer is not None:
@@ -155,6 +181,20 @@ def _noised(rollout: Rollout, visits: Visits) -> tuple[Tensor, tuple[Tensor, Noi
     x0, levels = samples.x0[visits.images.to(samples.x0.device)], samples.levels[visits.steps]
     noise = torch.stack([torch.randn(x0.shape[1:], generator=_seeded(seed)) for seed in visits.noise_seeds]).to(x0)
     return x0, (levels.noised(x0, noise), levels, samples.conditioning[visits.images].expanded())
+
+
+def _before(rollout: Rollout, visits: Visits) -> tuple[Tensor, NoiseLevels, Conditioning]:
+    """Where the denoiser was called before the visited steps: latents, levels, conditioning."""
+    samples = rollout.samples
+    latents = _trajectory(rollout).latents[visits.images, visits.steps].to(samples.x0)
+    return latents, samples.levels[visits.steps], samples.conditioning[visits.images].expanded()
+
+
+def _trajectory(rollout: Rollout) -> Trajectory:
+    trajectory = rollout.samples.trajectory
+    if trajectory is None:
+        raise ValueError("ppo needs images sampled with scheduler sde: only there are log-probabilities known")
+    return trajectory
 
 
 def _loss(x0: Tensor, theta: Prediction, old: Prediction, levels: NoiseLevels, settings: Objective) -> AffineLoss:

@@ -1,7 +1,7 @@
 """A Diffusers pipeline as a policy: sample with a set of weights, and predict clean latents along the way.
 
 Leaves out any knowledge of a particular model: how the pipeline calls its denoiser is learnt by watching it
-(`watch/`), what its noise levels are is asked of its scheduler (`noise.py`).
+(`watch/`), what its noise levels are is asked of its scheduler (`noise/`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from marble.errors import MarbleError
 from marble.memory import find_device, is_out_of_memory
-from marble.noise import NoiseLevels, levels_of, make_scheduler
+from marble.noise import NOISE, NoiseLevels, levels_of
 from marble.policy.loading import DTYPES, load_pipeline, place, save_memory
 from marble.policy.sampling import (
     Caller,
     Job,
     Prediction,
     Samples,
+    Schedulers,
     answer_of,
     check_pictures,
     images_of,
@@ -55,7 +56,7 @@ class Policy:
         self.in_step = False  # whether all processes call the denoiser together
         self.autocast: torch.dtype | None = None
         self._weights: Weights | None = None
-        self._schedulers = {"own": pipe.scheduler}
+        self._schedulers = Schedulers(pipe)
         self._manner: Manner | None = None
         self._most: dict[bool, int] = {}  # images that fitted into memory at once, with guidance and without
 
@@ -221,7 +222,7 @@ class Policy:
                     seeds = range(each * len(prompts))
                     self.caller(prompts, each, steps, guidance, seeds, output_type="latent")
 
-            with self._scheduled(scheduler), self._calculating():
+            with self._schedulers.using(scheduler), self._calculating():
                 try:
                     self._manner = learn(self.pipe, self.part, call)
                 except MarbleError:  # some mix up several images of several prompts, some make one of each whatever
@@ -248,6 +249,7 @@ class Policy:
         adapter: str | None = None,
         guidance: float = 1.0,
         scheduler: str = "own",
+        noise: float = NOISE,
         batch: int = 256,
         seen: Callable[[Tensor], object] = lambda images: None,
         **call: Any,
@@ -260,7 +262,8 @@ class Policy:
             steps: denoising steps T.
             adapter: which version of the weights, None for the base model.
             guidance: guidance scale; 1, or the scale that a guidance-distilled model is told.
-            scheduler: one of `marble.noise.SCHEDULERS`.
+            scheduler: one of the catalogue's `SCHEDULERS`.
+            noise: of the scheduler `sde` between a flow model's steps.
             batch: images in one call of the pipeline; fewer if memory does not suffice.
             seen: is given the next images of `N`, in order, as soon as they are made.
             call: further arguments of the pipeline.
@@ -276,7 +279,7 @@ class Policy:
                 images = self._make(prompts, seeds, group, job, steps, guidance, call)
             return watch.seen(manner, job.each), images
 
-        with self.using(adapter), self._scheduled(scheduler):
+        with self.using(adapter), self._schedulers.using(scheduler, noise):
             made = []
             for piece in self._in_pieces(len(prompts), group, batch, work, guided=False):
                 made.append(piece)
@@ -304,7 +307,7 @@ class Policy:
             with suppress(MarbleError):  # what cannot be trained can be looked at; every prompt is then repeated
                 self.learn()
         group = len(seeds) // len(prompts)
-        with self.using(adapter), self._scheduled(scheduler):
+        with self.using(adapter), self._schedulers.using(scheduler):
             parts = []
             make = lambda job: self._make(prompts, seeds, group, job, steps, guidance, call)  # noqa: E731
             for part in self._in_pieces(len(prompts), group, batch, make, guided=guidance != 1):
@@ -342,20 +345,9 @@ class Policy:
     @torch.no_grad()
     def picture(self, prompt: str, seed: int, *, scheduler: str = "own", **call: Any) -> Any:
         """One PIL image (a list of them if it is a video), by the call that a user of stock Diffusers would make."""
-        with self._scheduled(scheduler):
+        with self._schedulers.using(scheduler):
             result = self.caller.run(prompt=prompt, generator=torch.Generator().manual_seed(seed), **call)
         return answer_of(result)[0]
-
-    @contextmanager
-    def _scheduled(self, name: str) -> Iterator[None]:
-        """Let the pipeline sample with one of `SCHEDULERS`."""
-        if name not in self._schedulers:
-            self._schedulers[name] = make_scheduler(name, self._schedulers["own"])
-        self.pipe.scheduler = self._schedulers[name]
-        try:
-            yield
-        finally:
-            self.pipe.scheduler = self._schedulers["own"]
 
     @contextmanager
     def _calculating(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marble.errors import MarbleError, nearest
 from marble.memory import forget, is_out_of_memory
-from marble.noise import NoiseLevels
+from marble.noise import NOISE, NoiseLevels, Trajectory, make_scheduler
 from marble.rules import RESERVED_CALL
 from marble.watch import Conditioning, Seen
 
@@ -40,15 +40,24 @@ class Samples:
     images: Tensor  # [N, 3, H, W] float in [0, 1], on the CPU; [N, F, 3, H, W] frames of a video
     conditioning: Conditioning
     levels: NoiseLevels  # of the sampler's T steps, falling
+    trajectory: Trajectory | None = None  # how they came about, if the scheduler is `sde`
+
+    def __getitem__(self, chosen: Tensor) -> Samples:
+        """Some of the images."""
+        x0, images, conditioning = self.x0[chosen.to(self.x0.device)], self.images[chosen], self.conditioning[chosen]
+        trajectory = None if self.trajectory is None else self.trajectory[chosen]
+        return replace(self, x0=x0, images=images, conditioning=conditioning, trajectory=trajectory)
 
     @classmethod
     def of_calls(cls, made: Sequence[tuple[Seen, Tensor]], levels: NoiseLevels) -> Samples:
         """What several calls showed and made, in order."""
+        trajectories = [seen.trajectory for seen, _ in made if seen.trajectory is not None]
         return cls(
             torch.cat([seen.x0.float() for seen, _ in made]),
             torch.cat([images for _, images in made]),
             Conditioning.join([seen.conditioning for seen, _ in made]),
             levels,
+            Trajectory.join(trajectories) if trajectories else None,
         )
 
 
@@ -273,6 +282,28 @@ class Caller:
                 raise
             sizes = {name: value for name, value in call.items() if name in ("height", "width", "num_frames")}
             raise MarbleError(f"{type(self.pipe).__name__} cannot make {sizes or 'its own size'}: {error}") from error
+
+
+class Schedulers:
+    """What a pipeline may sample with, by name; made when first used."""
+
+    def __init__(self, pipe: Any) -> None:
+        """For `pipe`, which comes with one of its own."""
+        self.pipe = pipe
+        self.made = {"own": pipe.scheduler}
+
+    @contextmanager
+    def using(self, name: str, noise: float = NOISE) -> Iterator[None]:
+        """Let the pipeline sample with one of `SCHEDULERS`; `noise` is that of `sde` for flow models."""
+        if name not in self.made:
+            self.made[name] = make_scheduler(name, self.made["own"])
+        self.pipe.scheduler = self.made[name]
+        if name == "sde":
+            self.pipe.scheduler.noise = noise
+        try:
+            yield
+        finally:
+            self.pipe.scheduler = self.made["own"]
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class LoRAWeights:
         Raises:
             MarbleError: one of `targets` is the ending of no layer's name, or no layer looks like attention.
         """
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
 
         denoiser = getattr(pipe, part)
         settings = LoraConfig(
@@ -70,10 +70,7 @@ class LoRAWeights:
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # three are what we want
             torch.manual_seed(seed)
             for name in ADAPTERS:
-                if hasattr(denoiser, "add_adapter"):
-                    denoiser.add_adapter(settings, adapter_name=name)
-                else:  # models that Diffusers gives no LoRA, such as PixArt's
-                    inject_adapter_in_model(settings, denoiser, adapter_name=name)
+                add_lora(denoiser, settings, name)
         return cls(pipe, part)
 
     @classmethod
@@ -259,17 +256,37 @@ def find_targets(denoiser: nn.Module, part: str, targets: Sequence[str] | None) 
     return list(targets)
 
 
-def load_lora(pipe: Any, source: str, field: str, **options: Any) -> None:
-    """Apply a LoRA in any layout that Diffusers reads.
+def find_lora(source: str, field: str) -> Path:
+    """Where a LoRA lies; what is no path here may be a hub id.
 
     Raises:
-        MarbleError: names the field: it is not there, or does not fit the model.
+        MarbleError: names the field: it holds no LoRA, or is neither there nor a hub id.
     """
     path = Path(source)
     if path.is_dir() and not list(path.glob("*.safetensors")):
         raise MarbleError(f'{field}: "{source}" holds no .safetensors file (pytorch_lora_weights.safetensors, say)')
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise MarbleError(f'{field}: "{source}" is neither a file, a folder nor a hub id (owner/name)')
+    return path
+
+
+def add_lora(denoiser: Any, settings: Any, name: str) -> None:
+    """Put a fresh LoRA of PEFT's `settings` on a denoiser, beside those that it has."""
+    from peft import inject_adapter_in_model
+
+    if hasattr(denoiser, "add_adapter"):
+        denoiser.add_adapter(settings, adapter_name=name)
+    else:  # models that Diffusers gives no LoRA, such as PixArt's
+        inject_adapter_in_model(settings, denoiser, adapter_name=name)
+
+
+def load_lora(pipe: Any, source: str, field: str, **options: Any) -> None:
+    """Apply a LoRA in any layout that Diffusers reads.
+
+    Raises:
+        MarbleError: names the field: it is not there, or does not fit the model.
+    """
+    path = find_lora(source, field)
     before = _adapters(pipe)
     try:
         if not hasattr(pipe, "load_lora_weights"):
@@ -294,6 +311,16 @@ def load_lora(pipe: Any, source: str, field: str, **options: Any) -> None:
         )
     if _adapters(pipe) == before:  # Diffusers only logs that it found nothing
         raise MarbleError(f'{field}: nothing of the LoRA in "{source}" belongs to a {type(pipe).__name__}')
+
+
+def scale_lora(pipe: Any, scale: float) -> None:
+    """Multiply the strength of all LoRA of a pipeline by `scale`; 0 is the model without them."""
+    from peft.tuners.lora import LoraLayer
+
+    for component in pipe.components.values():
+        for layer in component.modules() if isinstance(component, nn.Module) else ():
+            if isinstance(layer, LoraLayer):
+                layer.scale_layer(scale)
 
 
 def merge_lora(pipe: Any, source: str, field: str) -> None:

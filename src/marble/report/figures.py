@@ -34,7 +34,8 @@ COLOURS = ["#3b6fb6", "#d1495b", "#2a9d6f", "#e09f3e", "#7d5ba6", "#4aa5b8", "#8
 HELD_OUT_COLOUR = "#777780"
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A finished figure as SVG text, closed."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
@@ -64,7 +65,7 @@ def curves(points: dict[str, list[tuple[int, float]]], paint: dict[str, str], he
         axis.plot(x, y, color=paint[name], lw=1.8, marker="o", ms=3)
         axis.set_title(name + (" (held out)" if name in held_out else ""))
         axis.set_xlabel("update")
-    return _svg(figure)
+    return svg(figure)
 
 
 def forest(gains: dict[str, dict[str, float]], paint: dict[str, str]) -> str:
@@ -80,7 +81,7 @@ def forest(gains: dict[str, dict[str, float]], paint: dict[str, str]) -> str:
     axis.axvline(0, color="#333", lw=0.9)
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel("gain on held-out prompts, in standard deviations of the base model's scores")
-    return _svg(figure)
+    return svg(figure)
 
 
 def weights(updates: list[int], alpha: np.ndarray, names: Sequence[str], paint: dict[str, str]) -> str:
@@ -93,7 +94,7 @@ def weights(updates: list[int], alpha: np.ndarray, names: Sequence[str], paint: 
     axis.set_ylabel("alpha")
     axis.set_ylim(bottom=0)
     axis.legend(ncols=min(5, len(names)), loc="upper center", bbox_to_anchor=(0.5, 1.22), fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 LINES = {
@@ -117,7 +118,7 @@ def cosines(updates: list[int], rows: list[dict[str, Any]]) -> str:
         axis.set_xlabel("update")
     axes[0].set_ylabel("cosine with the worst-served reward")
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _svg(figure)
+    return svg(figure)
 
 
 def _running_mean(values: np.ndarray, width: int = 5) -> np.ndarray:
@@ -144,7 +145,7 @@ def specialist_map(scores: np.ndarray, names: Sequence[str], sources: Sequence[s
     axis.set_xticks([(a + b) / 2 for a, b in pairwise(bounds)], [ordered[a] for a in bounds[:-1]])
     axis.tick_params(length=0)
     figure.colorbar(shown, ax=axis, label="z", pad=0.01)
-    return _svg(figure)
+    return svg(figure)
 
 
 def agreement(matrix: np.ndarray, names: Sequence[str]) -> str:
@@ -160,4 +161,4 @@ def agreement(matrix: np.ndarray, names: Sequence[str]) -> str:
     axis.set_yticks(range(len(names)), names)
     axis.grid(False)
     figure.colorbar(shown, ax=axis, shrink=0.8)
-    return _svg(figure)
+    return svg(figure)

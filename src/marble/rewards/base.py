@@ -51,6 +51,8 @@ class Reward:
     """Images come as uint8 so that local and remote scores agree; set this to get floats in [0, 1]."""
     revision: str = ""
     """What exactly scored: a model's revision, a world's version. Written into `evaluation.json`."""
+    accuracy_above: float | None = None
+    """The score from which an image counts as right, where images can be; accuracy is the share of those that do."""
     about: str = ""
     """One line for `marble list rewards`."""
     facts: Facts | None = None

@@ -1,4 +1,4 @@
-"""Rewards by formula: size as JPEG, sharpness, colourfulness. They look at the picture alone, never at the prompt."""
+"""Rewards by formula: size as JPEG, sharpness, colourfulness, distance. They look at pictures, never at prompts."""
 
 from __future__ import annotations
 
@@ -112,3 +112,25 @@ class Colourfulness(_ByImage):
         opponent = torch.stack([red - green, (red + green) / 2 - blue]).flatten(1)  # [2, H · W]
         spread, strength = opponent.var(dim=1, correction=0).sum().sqrt(), opponent.mean(dim=1).norm()
         return float(spread + 0.3 * strength)
+
+
+class Distance(Reward):
+    """Of each image, the mean RMS distance to the other images of its prompt, as pictures of 16 × 16 in [0, 1].
+
+    What diversity is where no reward tells it: layout and colours count, fine detail and grain average away.
+    """
+
+    name = "diversity"
+    revision = "distance-1"
+    needs_prompt = False
+    groupwise = True
+    about = "closed form, groupwise: mean RMS distance of 16 × 16 pictures to the others of the prompt; 0 to 1"
+    SIDE = 16
+
+    def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
+        """`[G]` float64, 0 for a group of one."""
+        if len(images) < 2:
+            return torch.zeros(len(images), dtype=torch.float64)
+        small = F.adaptive_avg_pool2d(images.double() / 255, self.SIDE).flatten(1)
+        distance = (small[:, None] - small[None]).square().mean(dim=2).sqrt()
+        return distance.sum(dim=1) / (len(images) - 1)

@@ -21,6 +21,8 @@ from marble.rewards.base import Facts, Reward
 
 COMMON: dict[str, Any] = {"name": str, "batch": int, "workers": int, "timeout": float}
 """Settings that every reward has, and their types."""
+ATTRIBUTES = ("groupwise", "judges_videos", "wants_floats", "revision", "accuracy_above", "cached", "applies")
+"""What a function may say of itself as a class does."""
 MOST = {"batch": 100_000, "workers": 64, "timeout": 1_000_000}
 """Of the common settings that are numbers."""
 
@@ -37,7 +39,7 @@ class FunctionReward(Reward):
         self.needs_prompt = given == 2
         inner = getattr(function, "func", function)
         self.about = (inspect.getdoc(inner) or "").split("\n")[0]
-        for attribute in ("groupwise", "judges_videos", "wants_floats", "revision", "cached", "applies", *COMMON):
+        for attribute in (*ATTRIBUTES, *COMMON):
             if hasattr(inner, attribute):
                 setattr(self, attribute, getattr(inner, attribute))
 

@@ -40,6 +40,7 @@ class OCR(Reward):
     """
 
     name = "ocr"
+    accuracy_above = 1.0
     about = "RapidOCR: 1 − edit distance / length between the text read and the text asked for; 0 to 1"
     facts = Facts(
         model="PP-OCR's small detector and recogniser (Chinese and Latin letters), from the wheel of rapidocr",

@@ -45,6 +45,7 @@ class Served:
     batch: int
     revision: str
     about: str
+    accuracy_above: float | None = None
 
 
 class Remote(Reward):
@@ -299,14 +300,15 @@ class Remote(Reward):
                 raise RefusedError(f"{response.url} wants portions of {row['batch']}")
             told = str(row["name"]), bool(row.get("needs_prompt", True))
             flags = bool(row["groupwise"]), bool(row["judges_videos"]), bool(row["cached"])
-            return Served(*told, *flags, int(row["batch"]), str(row["revision"]), str(row["about"]))
+            above = None if row.get("accuracy_above") is None else float(row["accuracy_above"])
+            return Served(*told, *flags, int(row["batch"]), str(row["revision"]), str(row["about"]), above)
         except (KeyError, TypeError, ValueError) as error:
             raise RefusedError(f"{response.url} is no marble server, or one of another version") from error
 
     def _learn(self, served: Served) -> None:
         self.groupwise, self.judges_videos, self.cached = served.groupwise, served.judges_videos, served.cached
         self.revision, self.about = served.revision, served.about or type(self).about
-        self.needs_prompt = served.needs_prompt
+        self.needs_prompt, self.accuracy_above = served.needs_prompt, served.accuracy_above
         if "batch" not in self.settings:
             self.batch = served.batch
         if "name" not in self.settings:

@@ -105,6 +105,7 @@ class Desk:
             "revision": self.revision,
             "about": getattr(reward, "about", ""),
             "needs_prompt": bool(getattr(reward, "needs_prompt", True)),
+            "accuracy_above": getattr(reward, "accuracy_above", None),
         }
 
     def close(self, seconds: float) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from marble.errors import MarbleError
+from marble.noise import Trajectory
 from marble.watch.conditioning import Conditioning
 from marble.watch.manner import Manner, as_sample
 from marble.watch.tree import KEEP, rebuild
@@ -24,6 +25,7 @@ class Seen:
     told: Tensor  # [T] timesteps as the denoiser was told
     steps: Tensor  # [T] timesteps as the scheduler calls them
     x0: Tensor  # [N, …] the scheduler's last sample
+    trajectory: Trajectory | None = None  # if the scheduler is one that notes it (`sde`)
 
 
 class Watch:
@@ -34,6 +36,7 @@ class Watch:
         outputs: its answers, if `whole`.
         steps: the scheduler's timestep, sample and model output of each of its steps; the last two only if `whole`.
         last: the scheduler's last sample.
+        taken: what the scheduler noted of its steps, if it does.
     """
 
     def __init__(self, pipe: Any, part: str, *, whole: bool = False) -> None:
@@ -43,6 +46,7 @@ class Watch:
         self.outputs: list[Any] = []
         self.steps: list[tuple[Any, Tensor | None, Tensor | None]] = []
         self.last: Tensor | None = None
+        self.taken: list[tuple[Tensor, Tensor]] | None = None
 
     def __enter__(self) -> Watch:
         denoiser, scheduler = getattr(self.pipe, self.part), self.pipe.scheduler
@@ -73,12 +77,17 @@ class Watch:
         if self.whole:
             self._hooks.append(denoiser.register_forward_hook(after_forward))
         scheduler.step = watched_step
+        if hasattr(scheduler, "taken"):
+            scheduler.taken = []
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        del self.pipe.scheduler.step
+        scheduler = self.pipe.scheduler
+        del scheduler.step
+        if hasattr(scheduler, "taken"):
+            self.taken, scheduler.taken = scheduler.taken, None
 
     def tensors(self, step: int) -> tuple[Tensor, Tensor]:
         """The scheduler's sample and, without a variance, model output at one of its steps, of a `whole` watch."""
@@ -121,7 +130,8 @@ class Watch:
             ) from error
         told = torch.stack([call[manner.timestep].flatten()[0] for call in self.calls])
         steps = torch.stack([torch.as_tensor(step[0]) for step in self.steps])
-        return Seen(conditioning, told.float().cpu(), steps.cpu(), self.last.detach())
+        trajectory = Trajectory.of_steps(self.taken, self.pipe.scheduler.transitions) if self.taken else None
+        return Seen(conditioning, told.float().cpu(), steps.cpu(), self.last.detach(), trajectory)
 
 
 def _bound(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:

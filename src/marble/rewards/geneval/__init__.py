@@ -154,6 +154,7 @@ class Accuracy(_GenEval):
     """
 
     name = "geneval-accuracy"
+    accuracy_above = 1.0
     about = "1 if all objects, numbers, colours and places are right as the benchmark counts, else 0"
     facts = replace(_FACTS, scale="0 or 1, as the benchmark's `correct`")
 
@@ -166,6 +167,7 @@ class StrictAccuracy(_GenEval):
     """All that was asked for is there in exactly the number asked for."""
 
     name = "geneval-strict-accuracy"
+    accuracy_above = 1.0
     about = "1 if all objects are there in exactly the number asked for, coloured and placed right, else 0"
     facts = replace(_FACTS, scale="0 or 1; at most the accuracy, except where a prompt excludes another class")
 

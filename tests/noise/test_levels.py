@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from marble import MarbleError, Policy
 from marble.noise import PREDICTIONS, NoiseLevels, levels_of, make_scheduler, prediction_of
 
-from .pipelines import build, call_of
+from ..pipelines import build, call_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 LEADING = {**BETAS, "timestep_spacing": "leading"}
@@ -329,7 +329,7 @@ def test_pipelines_that_hand_over_levels_sample_with_dpm(name, tmp_path):
     assert [len(each.levels) for each in near] == [4, 60]
     off = [((each.x0 - own).norm() / own.norm()).item() for each in near]
     assert off[1] < 0.5 * off[0]
-    settings = policy._schedulers["own"].config
+    settings = policy._schedulers.made["own"].config
     # 16 tokens: the shift's exponent is far left on the line from base_image_seq_len to max_image_seq_len
     slope = (settings.max_shift - settings.base_shift) / (settings.max_image_seq_len - settings.base_image_seq_len)
     shift = math.exp(settings.base_shift + slope * (16 - settings.base_image_seq_len))

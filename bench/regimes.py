@@ -1,0 +1,188 @@
+"""When does balancing beat a sum? Maps regimes of the embedded model: arms × seeds in every cell, and what wins there.
+
+    .venv/bin/python bench/regimes.py run OUT [--cells NAME …] [--seeds 100 101] [--jobs 2]
+    .venv/bin/python bench/regimes.py table OUT
+    .venv/bin/python bench/regimes.py write OUT          # into src/marble/conflict/regimes.json
+
+Every cell is a comparison folder `OUT/CELL` (`marble compare`) beside what `marble conflict` says of it; both are kept
+when they are done. The three dials are how much the rewards' native scales differ, which share of the prompts each of
+the two specialists judges, and how far one reward asks for the opposite of another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from torch import Tensor
+
+from marble import Record, Reward
+from marble.compare import load_comparison
+from marble.config import demo_config_path, read_config
+from marble.conflict.regimes import FILE, SCHEMA, axes_of
+from marble.mini.rewards import Aesthetic, Preference
+from marble.statistics import seed_interval
+
+ARMS = ("marble", "raw-norms=marble:balance.norms=raw", "weighted-sum", "standardised-sum")
+"""The default; the published weights at matched strength; the raw and the standardised sum, at the same strength."""
+METHODS = {"raw-norms": "published"}
+EVEN = 0.9  # full marks of the general rewards at which they spread within prompts as far as the specialists
+
+
+class Contrary(Reward):
+    """Preference, less and less of it, and more and more of the opposite of the aesthetic."""
+
+    name = "contrary"
+    about = "(1 − dial) · preference − dial · aesthetic, never negative"
+
+    def __init__(self, *, dial: float = 0.0, marks: float = EVEN) -> None:
+        """From preference alone (0) to the aesthetic's opposite (1)."""
+        self.dial, self.marks = dial, marks
+        self.revision = f"{Preference().revision}, dial {dial}"
+        self._parts = Preference(marks=marks), Aesthetic(marks=marks)
+
+    def score(self, images: Tensor, records: Sequence[Record]) -> Tensor:
+        """`[N]` in 0 to 1.25 `marks`."""
+        preference, aesthetic = (part.score(images, records) for part in self._parts)
+        return (1 - self.dial) * preference + self.dial * (self.marks - aesthetic)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One regime."""
+
+    mismatch: int  # 1: the general rewards spread as far as the specialists; 10, 100: that much less
+    share: float  # of the prompts that each specialist judges
+    dial: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return f"scale{self.mismatch}-share{round(100 * self.share)}-dial{self.dial:g}"
+
+    def config(self, updates: int) -> dict[str, Any]:
+        """The demo's configuration turned into this regime; 20 prompts an epoch, so that 5% of them are one."""
+        values, marks = read_config(demo_config_path()), EVEN / self.mismatch
+        rest = 1 - 2 * self.share
+        shares = {"mini-places": rest, "mini-words": self.share, "mini-objects": self.share}
+        values["prompts"] = [{"source": name, "share": share} for name, share in shares.items() if share > 0]
+        general: list[dict[str, Any]] = [
+            {"reward": "mini-aesthetic", "settings": {"marks": marks}},
+            {"reward": "mini-alignment", "settings": {"marks": marks}},
+            {"reward": "bench.regimes:Contrary", "settings": {"marks": marks, "dial": self.dial}},
+        ]
+        values["rewards"] = [*general, {"reward": "mini-text"}, {"reward": "mini-composition"}]
+        values["rollout"] |= {"prompts": 20, "group_size": 7, "batch": 140}
+        values["evaluation"] |= {"prompts": 60, "images": 6, "every": 0}
+        values["budget"] = {"updates": updates}
+        return values
+
+
+CELLS = [Cell(mismatch, share) for mismatch in (1, 10, 100) for share in (0.5, 0.2, 0.05)]
+CELLS += [Cell(10, 0.2, dial) for dial in (0.5, 0.8)]
+
+
+def run_cell(out: Path, cell: Cell, args: argparse.Namespace) -> bool:
+    """Measure the conflict and compare the arms, as far as neither is done; returns whether both are then."""
+    folder = out / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "regime.yaml"
+    config.write_text(yaml.safe_dump(cell.config(args.updates), sort_keys=False), encoding="utf-8")
+    command = [sys.executable, "-m", "marble"]
+    calls = []
+    if not (folder / "conflict" / "conflict.json").exists():
+        calls.append(["conflict", "mini", "--config", str(config), "--out", str(folder / "conflict")])
+    seeds = [str(seed) for seed in args.seeds]
+    jobs = ["--jobs", str(args.jobs), "--threads", "1"]
+    calls.append(["compare", str(config), "--methods", *ARMS, "--seeds", *seeds, *jobs, "--out", str(folder / "arms")])
+    for call in calls:
+        done = subprocess.run([*command, *call], capture_output=True, text=True)
+        print(cell.name, call[0], "done" if done.returncode == 0 else done.stderr[-2000:], flush=True)
+        if done.returncode:
+            return False
+    return True
+
+
+def gains(out: Path, cell: Cell) -> dict[str, np.ndarray]:
+    """Arm → gains `[seeds, K]` of the training rewards in standard deviations of the base model's scores."""
+    content = load_comparison(out / cell.name / "arms")
+    spread = np.array([content["spread"][name] for name in content["training_rewards"]])
+    found = {}
+    for arm, row in content["arms"].items():
+        rows = [[seed["gains"][name] for name in content["training_rewards"]] for seed in row["seeds"].values()]
+        found[arm] = np.array(rows) / spread
+    return found
+
+
+def winner(values: dict[str, np.ndarray]) -> tuple[str, bool]:
+    """The arm with the largest mean over seeds, and whether it leads every other by more than seeds differ, paired."""
+    best = max(values, key=lambda arm: values[arm].mean())
+    ahead = [seed_interval(values[best] - other) for arm, other in values.items() if arm != best]
+    return best, all(interval is not None and interval[0] > 0 for interval in ahead)
+
+
+def table(out: Path) -> None:
+    """Print every finished cell: gains of the arms, mean and worst, seed by seed."""
+    print("| scale | share | dial | conflict | " + " | ".join(arm.partition("=")[0] for arm in ARMS) + " |")
+    print("|---|---|---|---|" + "---|" * len(ARMS))
+    for cell in CELLS:
+        if (out / cell.name / "arms" / "comparison.json").exists():
+            found = gains(out, cell)
+            cells = [
+                " ".join(f"{v:.2f}" for v in rows.mean(axis=1)) + " / " + " ".join(f"{v:.2f}" for v in rows.min(axis=1))
+                for rows in found.values()
+            ]
+            cosine = features(out, cell)["conflict"]
+            print(
+                f"| {cell.mismatch}× | {cell.share:.0%} | {cell.dial:g} | {cosine:+.2f} | " + " | ".join(cells) + " |"
+            )
+
+
+def features(out: Path, cell: Cell) -> dict[str, float | None]:
+    """What `marble conflict` measured of a cell, as the map's axes."""
+    content = json.loads((out / cell.name / "conflict" / "conflict.json").read_text(encoding="utf-8"))
+    return axes_of(content)
+
+
+def write(out: Path) -> None:
+    """Write the packaged map of all finished cells."""
+    cells = []
+    for cell in CELLS:
+        if not (out / cell.name / "arms" / "comparison.json").exists():
+            continue
+        found = gains(out, cell)
+        mean, sure_mean = winner({arm: rows.mean(axis=1) for arm, rows in found.items()})
+        worst, sure_worst = winner({arm: rows.min(axis=1) for arm, rows in found.items()})
+        named = {"mean": METHODS.get(mean, mean), "worst": METHODS.get(worst, worst), "sure": sure_mean and sure_worst}
+        cells.append(features(out, cell) | named)
+    about = "bench/regimes.py on world mini 1, tuning seeds; see docs/benchmarks.md"
+    FILE.write_text(json.dumps({"schema": SCHEMA, "about": about, "cells": cells}, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "table", "write"])
+    parser.add_argument("out", type=Path)
+    names = [cell.name for cell in CELLS]
+    parser.add_argument("--cells", nargs="+", default=names, choices=names, metavar="CELL")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--updates", type=int, default=90)
+    args = parser.parse_args()
+    if args.what == "run":
+        done = [run_cell(args.out, cell, args) for cell in CELLS if cell.name in args.cells]
+        sys.exit(0 if all(done) else 1)
+    (table if args.what == "table" else write)(args.out)
+
+
+if __name__ == "__main__":
+    main()

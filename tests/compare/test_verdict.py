@@ -1,0 +1,124 @@
+"""The verdict: differences by hand, and what is said of them."""
+
+import pytest
+
+from marble.compare.table import choose_baseline, summarise
+from marble.compare.verdict import Contrast, contrast, duel, verdict
+
+from .made import result, results
+
+
+def words(found, baseline=None):
+    baseline = choose_baseline(found, baseline)
+    return verdict(found, summarise(found, baseline), baseline)
+
+
+def test_a_contrast_is_paired_by_seed():
+    # differences 1, 2, 3 on the common seeds, the fourth left out: mean 2, half width 4.302653 / √3
+    found = contrast({0: 11.0, 1: 22.0, 2: 33.0, 9: 99.0}, {0: 10.0, 1: 20.0, 2: 30.0})
+    assert found.mean == 2.0
+    assert found.low == pytest.approx(2 - 2.484138, abs=1e-6)
+    assert found.sure == 0
+
+
+def test_a_contrast_without_common_seeds_is_welchs():
+    # variances 2 and 2 over two seeds each: standard error √2, 2 degrees of freedom, half width 4.302653 · √2
+    found = contrast({0: 10.0, 1: 12.0}, {2: 0.0, 3: 2.0})
+    assert found.mean == 10.0
+    assert found.low == pytest.approx(10 - 4.302653 * 2**0.5, abs=1e-5)
+    assert found.sure == 1
+
+
+def test_too_few_seeds_have_no_interval():
+    assert contrast({0: 3.0}, {0: 1.0}) == Contrast(2.0, None, None)
+    assert contrast({0: 3.0, 1: 5.0}, {2: 1.0}) == Contrast(3.0, None, None)
+    assert Contrast(2.0, None, None).sure == 0
+
+
+def test_contrasts_are_told_with_their_interval():
+    assert Contrast(0.214, 0.1, -0.02).tell() == "+0.21 [+0.10, −0.02]"
+    assert Contrast(0.184, 0.11, 0.25).tell("%", 100, 0) == "+18% [+11, +25]"
+    assert Contrast(-1.0, None, None).tell() == "−1.00"
+
+
+def test_a_duel_by_hand():
+    found = results(
+        marble={s: result(1.0 + 0.01 * s, 0.8, 0.0) for s in (0, 1, 2)},
+        ppo={s: result(1.5, 0.2 - 0.01 * s, 0.0) for s in (0, 1, 2)},
+    )
+    fight = duel(found, "marble", "ppo")
+    assert (fight.seeds, fight.paired) == (3, True)
+    assert fight.rewards["a"].mean == pytest.approx(-0.49)
+    assert fight.rewards["b"].sure == 1
+    assert fight.mean.mean == pytest.approx((1.81 - 1.69) / 2)
+    assert fight.worst.mean == pytest.approx(0.8 - 0.19)
+    assert fight.weakest == ("b", "b")
+
+
+def test_a_sure_win_is_called_one():
+    found = results(
+        marble={s: result(1.0 + 0.01 * s, 0.8, 0.0, seconds=66.0) for s in (0, 1, 2)},
+        ppo={s: result(0.5, 0.2, 0.0) for s in (0, 1, 2)},
+    )
+    text = words(found)
+    assert text.startswith("marble gains more than ppo on average (3 seeds, paired; 95% intervals in brackets). ")
+    assert "more on 2 of 2 training rewards (surely on 2, surely less on 0)" in text
+    assert "cannot be told apart" not in text
+    assert "Relative to ppo's scores that is +24%" in text  # (1.505/1.25 − 1 + 2.8/2.2 − 1) / 2 = 0.2384
+    assert "It takes 1.10 times as long." in text
+
+
+def test_an_interval_with_zero_is_no_win():
+    found = results(
+        marble={0: result(1.0, 0.8, 0.0), 1: result(0.2, 0.2, 0.0)},
+        weighted_sum={0: result(0.5, 0.4, 0.0), 1: result(0.5, 0.4, 0.0)},
+    )
+    text = words(found)
+    assert "marble and weighted-sum cannot be told apart by their mean gain (2 seeds, paired" in text
+    assert "which tells the two apart neither way" in text
+
+
+def test_a_loss_is_called_one():
+    found = results(
+        marble={s: result(0.1 + 0.01 * s, 0.1, 0.0) for s in (0, 1, 2)},
+        standardised_sum={s: result(0.5, 0.2, 0.0) for s in (0, 1, 2)},
+    )
+    assert words(found).startswith("marble gains less than standardised-sum on average")
+
+
+def test_one_seed_is_said():
+    found = results(marble={0: result(1.0, 0.8, 0.0, noise=0.1)}, ppo={0: result(0.5, 0.2, 0.0)})
+    text = words(found)
+    assert text.startswith("With this one seed marble gains more than ppo on average")
+    assert "one seed, too few for an interval over seeds" in text
+    assert "training again may differ" in text
+    assert "[" in text  # over prompts
+
+
+def test_no_seed_in_common_and_too_few_of_them():
+    text = words(results(marble={0: result(1.0, 0.8, 0.0)}, ppo={1: result(0.5, 0.2, 0.0)}))
+    assert text.startswith(
+        "marble against ppo: too few seeds for an interval, so that nothing is sure (no seed in common)"
+    )
+
+
+def test_every_rival_has_its_paragraph_and_the_ranking_comes_last():
+    arms = {s: result(1.0, 0.5, 0.1) for s in (0, 1)}
+    found = results(marble=arms, weighted_sum={s: result(0.5, -0.5, 0.3) for s in (0, 1)}, ppo=arms, gdpo=arms)
+    lines = words(found, "gdpo").splitlines()
+    assert [line.split(" cannot")[0] for line in lines[:1]] == ["marble and ppo"]
+    assert lines[1].startswith("marble gains more than weighted-sum")
+    assert lines[2].startswith("marble and gdpo")
+    assert lines[3].startswith("Highest composite z of the 4 arms: ")
+    assert lines[3].endswith("Below the base model (95%): weighted-sum on b.")
+
+
+def test_without_marble_the_first_arm_is_judged_and_without_rivals_all_others():
+    alone = results(uniform={0: result(1, 1, 1)}, gdpo={0: result(0, 0, 0)})
+    assert "uniform" in words(alone).splitlines()[0]
+    assert "gdpo" in words(alone).splitlines()[0]
+    assert words(results(uniform={0: result(1, 1, 1)})).startswith("Highest composite z of the 1 arms: uniform")
+
+
+def test_nothing_measured_is_said():
+    assert words(results(marble={0: "broke"})).startswith("Nothing has been measured yet")

@@ -1,0 +1,201 @@
+import copy
+
+import pytest
+import yaml
+
+from marble.config import make_config
+from marble.conflict.advice import advise, headline
+from marble.conflict.regimes import Regime, axes_of, nearest_regime, read_regimes
+
+NAMES = ["a", "b", "c"]
+FLAGS = [[False] * 3 for _ in range(3)]
+
+
+def quiet():
+    """Measurements in which no rule finds anything."""
+    row = {"judges": 1.0, "constant": 0.0, "owns": 1 / 3, "spread_within": 0.1, "spread_relative": 1.0}
+    norm = {"one_batch": 1.0, "known": True, "shown": 0.5, "batches_needed": 3.0}
+    seen = {"conflict_rate": 0.1, "conflict_rate_low": 0.02, "against": {"a": 0.1, "b": 0.0, "c": 0.0}}
+    flat = [[1.0, 0.2, 0.2], [0.2, 1.0, 0.2], [0.2, 0.2, 1.0]]
+    content = {
+        "rewards": NAMES,
+        "setup": {"prompts": 12, "group_size": 8, "batches": 24},
+        "scores": {"rewards": {name: dict(row) for name in NAMES}, "mismatch": 2.0, "pearson": flat},
+        "gradients": {
+            "norms": {name: dict(norm) for name in NAMES},
+            "cosines_true": {"estimate": flat, "low": flat, "high": flat, "conflict": FLAGS, "agree": FLAGS},
+            "directions": {"weighted_sum": {"advantage": seen, "true": {"worst": 0.31, "worst_reward": "b"}}},
+        },
+    }
+    return copy.deepcopy(content)
+
+
+def test_nothing_found_is_said_honestly():
+    advice = advise(quiet())
+    assert [finding.rule for finding in advice.findings] == ["plain"]
+    assert "plain sum will do as well" in advice.findings[0].advice
+    assert advice.method == "weighted-sum"
+
+
+def spoil(content, path, value):
+    *way, last = path
+    for part in way:
+        content = content[part]
+    content[last] = value
+
+
+# rule, what is spoilt, a value that triggers it, one that just does not, rewards named, the number
+CASES = [
+    ("constant", ("scores", "rewards", "b", "constant"), 0.6, 0.5, ["b"], 0.6),
+    ("spreads", ("scores", "mismatch"), 3.1, 3.0, None, 3.1),
+    ("specialist", ("scores", "rewards", "c", "judges"), 0.33, 0.5, ["c"], 0.33),
+    ("redundant", ("scores", "pearson", 0, 2), 0.91, 0.9, ["a", "c"], 0.91),
+    ("noise", ("gradients", "norms", "a", "shown"), 0.19, 0.2, ["a"], 0.19),
+    ("unseen", ("gradients", "norms", "b", "known"), False, True, ["b"], None),
+    (
+        "opposed",
+        ("gradients", "directions", "weighted_sum", "advantage", "conflict_rate_low"),
+        0.11,
+        0.1,
+        ["a"],
+        0.1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "bad", "good", "rewards", "number"), CASES, ids=[case[0] for case in CASES])
+def test_every_rule(rule, path, bad, good, rewards, number):
+    content = quiet()
+    spoil(content, path, good)
+    assert [finding.rule for finding in advise(content).findings] == ["plain"]
+    spoil(content, path, bad)
+    if rule == "unseen":
+        spoil(content, (*path[:-1], "shown"), None)
+    advice = advise(content)
+    found = [finding for finding in advice.findings if finding.rule != "plain"]
+    assert [finding.rule for finding in found] == [rule]
+    harmless = rule in ("redundant", "noise")  # a plain sum is as good as anything for them
+    assert (len(found) < len(advice.findings)) == harmless
+    assert (advice.method == "weighted-sum") == (harmless or rule == "constant")
+    assert rewards is None or found[0].rewards == rewards
+    assert found[0].number == number
+    if number is not None:
+        shown = (f"{number:.2f}", f"{number:.3g}", f"{100 * number:.0f}%")
+        assert any(text in found[0].finding for text in shown)  # the number stands in the words
+
+
+def test_true_conflict_wants_a_sure_sign():
+    content = quiet()
+    content["gradients"]["cosines_true"]["estimate"] = [[1, -0.4, 0.2], [-0.4, 1, 0.2], [0.2, 0.2, 1]]
+    assert advise(content).method == "weighted-sum"  # −0.4, but it may be noise
+    content["gradients"]["cosines_true"]["conflict"] = [[False, True, False], [True, False, False], [False] * 3]
+    advice = advise(content)
+    assert [(finding.rule, finding.rewards, finding.number) for finding in advice.findings] == [
+        ("conflict", ["a", "b"], -0.4)
+    ]
+    assert advice.method == "marble"
+    assert "floor" in advice.fragment
+    assert "1 of 3 pairs of rewards truly conflict and 0 of 3 pairs surely agree" in headline(content)
+
+
+def test_what_noise_adds_to_the_conflict_of_a_sum_is_said():
+    content = quiet()
+    raw = content["gradients"]["directions"]["weighted_sum"]
+    raw["advantage"] |= {"conflict_rate": 0.4, "conflict_rate_low": 0.2}
+    assert advise(content).findings[0].finding.endswith("it serves b worst, by a cosine of +0.31.")
+    raw["true"] = None
+    assert advise(content).findings[0].finding.endswith("most often against a (10%).")
+
+
+def test_gradients_that_are_surely_one():
+    content = quiet()
+    cosines = content["gradients"]["cosines_true"]
+    cosines["estimate"] = [[1, 0.2, 0.97], [0.2, 1, 0.2], [0.97, 0.2, 1]]
+    cosines["low"] = [[1, 0.2, 0.9], [0.2, 1, 0.2], [0.9, 0.2, 1]]
+    assert [finding.rule for finding in advise(content).findings] == ["plain"]  # it may be less
+    cosines["low"] = [[1, 0.2, 0.93], [0.2, 1, 0.2], [0.93, 0.2, 1]]
+    found = advise(content).findings[0]
+    assert (found.rule, found.rewards, found.number) == ("redundant", ["a", "c"], 0.97)
+    assert "+0.97" in found.finding
+
+
+def test_a_reward_with_nothing_to_teach():
+    content = quiet()
+    content["scores"]["rewards"]["b"]["constant"] = 1.0
+    assert "leave it out" in advise(content).findings[0].advice
+
+
+def everything():
+    content = quiet()
+    content["scores"] |= {"mismatch": 40.0}
+    content["scores"]["rewards"]["c"] |= {"judges": 0.1, "constant": 0.7}
+    content["gradients"]["norms"]["b"] |= {"shown": 0.1, "batches_needed": 99.0}
+    content["gradients"]["cosines_true"]["estimate"] = [[1, -0.4, 0.2], [-0.4, 1, 0.2], [0.2, 0.2, 1]]
+    content["gradients"]["cosines_true"]["conflict"] = [[False, True, False], [True, False, False], [False] * 3]
+    return content
+
+
+def test_the_fragment_is_a_config():
+    content = everything()
+    content["rewards"] = ["two\nlines: x", "b", "c"]
+    fragment = advise(content).fragment
+    lines = [line.removeprefix("# ") for line in fragment.splitlines() if "rewards:" not in line]
+    values = {"prompts": [{"source": "x"}], "rewards": [{"reward": "r"}], **yaml.safe_load("\n".join(lines))}
+    config = make_config(values)
+    assert (config.balance.method, config.balance.norms, config.rollout.prompts) == ("marble", "folded", 24)
+    assert yaml.safe_load(fragment) == {"balance": {"method": "marble", "norms": "folded"}}
+
+
+CELLS = [
+    Regime(1, 1.0, 0.5, "weighted-sum", "weighted-sum", True),
+    Regime(10, 0.2, 0.0, "gdpo", "uniform", False),
+    Regime(100, 0.05, -0.5, "marble", "closed-loop", True),
+]
+
+
+def test_a_measured_case_like_this_one_decides():
+    content = quiet()
+    content["scores"]["mismatch"] = 8.0
+    content["scores"]["rewards"]["c"]["judges"] = 0.25
+    assert advise(content).method == "marble"
+    advice = advise(content, CELLS)
+    assert advice.method == "uniform"
+    assert "gdpo on average; the seeds do not make it certain" in advice.reason
+    assert "norms: folded" in advice.fragment
+
+
+def test_a_cosine_that_is_hardly_known_does_not_place_a_case():
+    content = everything()
+    assert axes_of(content) == {"mismatch": 40.0, "specialist_share": 0.1, "conflict": -0.4}
+    content["gradients"]["cosines_true"]["low"] = [[1, -0.9, 0], [-0.9, 1, 0], [0, 0, 1]]
+    content["gradients"]["cosines_true"]["high"] = [[1, -0.2, 0.4], [-0.2, 1, 0.4], [0.4, 0.4, 1]]
+    assert axes_of(content)["conflict"] == 0.2
+    content["gradients"]["cosines_true"]["high"] = [[1, 0.4, None], [0.4, 1, None], [None, None, 1]]
+    assert axes_of(content)["conflict"] is None
+    assert nearest_regime(CELLS, **axes_of(content)) is None
+
+
+def test_the_nearest_cell_counts_in_steps_of_the_map():
+    assert nearest_regime(CELLS, 20, 0.3, 0.1) is CELLS[1]
+    assert nearest_regime(CELLS, 50, 0.08, -0.4) is CELLS[2]
+    assert nearest_regime(CELLS, 1e4, 0.05, -0.5) is None  # two steps from anything measured
+    assert nearest_regime(CELLS, 10, 0.2, -0.8) is None
+    assert nearest_regime(CELLS, 10, 0.2, None) is None
+    assert nearest_regime([], 10, 0.2, 0.0) is None
+
+
+def test_the_map_is_read_if_it_is_there(tmp_path):
+    path = tmp_path / "regimes.json"
+    assert read_regimes(path) == []
+    cell = '{"mismatch": 10, "specialist_share": 0.2, "conflict": 0, "mean": "gdpo", "worst": "uniform", "sure": false}'
+    path.write_text(f'{{"schema": 1, "about": "x", "cells": [{cell}]}}')
+    assert read_regimes(path) == [CELLS[1]]
+    path.write_text('{"schema": 2, "cells": []}')
+    with pytest.raises(ValueError, match="schema"):
+        read_regimes(path)
+
+
+def test_a_packaged_map_names_methods_that_there_are():
+    from marble.catalogue import METHODS
+
+    assert all({cell.mean, cell.worst} <= set(METHODS) for cell in read_regimes())
