@@ -165,7 +165,7 @@ def test_later_calls_add_methods_and_try_broken_cells_again(folder):
     content = load_comparison(folder)
     assert [row["arm"] for row in table_of(content)] != ["marble"]
     assert content["baseline"] == "weighted-sum"
-    assert content["verdict"].startswith(("With this one seed marble", "marble and weighted-sum cannot"))
+    assert content["verdict"].startswith("marble against weighted-sum: too few seeds for an interval")
 
 
 @pytest.mark.slow
@@ -188,7 +188,7 @@ def test_runs_of_a_comparison_stand_side_by_side(folder, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_leaves_cells_that_go_on(tmp_path):
     out = tmp_path / "c"
-    arguments = ("--methods", "marble", "uniform", "--seeds", "0", "--out", out, *TINY, "--budget.updates", "60")
+    arguments = ("--methods", "marble", "uniform", "--seeds", "0", "--out", out, *TINY, "--budget.updates", "30")
     process = subprocess.Popen(
         command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ)
     )
@@ -205,10 +205,10 @@ def test_ctrl_c_leaves_cells_that_go_on(tmp_path):
     assert load_comparison(out)["arms"]["marble"]["seeds"]["0"]["status"] == "unfinished"
     assert not (out / "cells" / "uniform-0").exists()
     before = len(metrics.read_text().splitlines())
-    assert 3 < before < 61
+    assert 3 < before < 31
     done = compare(*arguments)
     assert done.returncode == 0, done.stderr
     assert "--resume" not in done.stdout
-    assert len(metrics.read_text().splitlines()) == 61
+    assert len(metrics.read_text().splitlines()) == 31
     statuses = [seed["status"] for arm in load_comparison(out)["arms"].values() for seed in arm["seeds"].values()]
     assert statuses == ["done", "done"]

@@ -47,7 +47,7 @@ def test_a_duel_by_hand():
         ppo={s: result(1.5, 0.2 - 0.01 * s, 0.0) for s in (0, 1, 2)},
     )
     fight = duel(found, "marble", "ppo")
-    assert (fight.seeds, fight.paired) == (3, True)
+    assert (fight.seeds, fight.common) == (3, 3)
     assert fight.rewards["a"].mean == pytest.approx(-0.49)
     assert fight.rewards["b"].sure == 1
     assert fight.mean.mean == pytest.approx((1.81 - 1.69) / 2)
@@ -100,6 +100,15 @@ def test_no_seed_in_common_and_too_few_of_them():
     assert text.startswith(
         "marble against ppo: too few seeds for an interval, so that nothing is sure (no seed in common)"
     )
+
+
+def test_one_seed_and_a_reward_of_a_single_prompt():
+    found = results(marble={0: result(1.0, 0.8, 0.0)}, ppo={0: result(0.5, 0.2, 0.0)})
+    for seeds in found.done.values():
+        seeds[0].prompt_gains[1, 1] = float("nan")
+    text = words(found)
+    assert "nothing is sure (one seed, and a reward judges a single prompt)" in text
+    assert "surely on 1, surely less on 0" in text  # the other reward judges all
 
 
 def test_every_rival_has_its_paragraph_and_the_ranking_comes_last():

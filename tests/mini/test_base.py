@@ -9,15 +9,17 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_it_is_a_stock_pipeline_of_the_size_promised():
-    from marble.mini import model_folder
+@pytest.mark.parametrize("world", ["mini", "mini-b"])
+def test_it_is_a_stock_pipeline_of_the_size_promised(world):
+    from marble.mini import weights_folder
 
-    total = sum(p.stat().st_size for p in model_folder().parent.rglob("*") if p.is_file())
-    assert total < 25 * 2**20
+    folder = weights_folder(world) / "model"
+    total = sum(p.stat().st_size for p in folder.parent.rglob("*") if p.is_file())
+    assert total < 12 * 2**20
     code = f"""
 import sys, torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-pipe = DiffusionPipeline.from_pretrained({str(model_folder())!r})
+pipe = DiffusionPipeline.from_pretrained({str(folder)!r})
 assert type(pipe) is StableDiffusion3Pipeline
 assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
 assert "marble" not in sys.modules
@@ -26,12 +28,13 @@ assert "marble" not in sys.modules
 
 
 @pytest.mark.slow
-def test_every_reward_stands_between_a_fifth_and_three_quarters_of_the_way():
+@pytest.mark.parametrize(("world", "least"), [("mini", 0.20), ("mini-b", 0.05)])
+def test_every_reward_stands_well_between_noise_and_perfect(world, least):
     sys.path.insert(0, str(ROOT / "bench"))
     from mini_base import standing
 
-    for name, (noise, base, perfect) in standing().items():
-        assert 0.20 <= (base - noise) / (perfect - noise) <= 0.75, name
+    for name, (noise, base, perfect) in standing(world).items():
+        assert least <= (base - noise) / (perfect - noise) <= 0.75, name
 
 
 @pytest.mark.slow
@@ -44,4 +47,4 @@ def test_pretraining_runs_resumes_and_refuses_another_recipe(tmp_path):
     assert (tmp_path / "m" / "judges" / "second.safetensors").exists()
     other = subprocess.run([*command, "--seed", "1"], capture_output=True, text=True)
     assert other.returncode == 2
-    assert "another seed, scale or recipe" in other.stderr
+    assert "another world, seed, scale or recipe" in other.stderr

@@ -71,7 +71,7 @@ class Duel:
     """Two arms, training reward by training reward, in spreads of the base model's scores."""
 
     seeds: int  # over which intervals are; 1: over prompts
-    paired: bool
+    common: int  # seeds that both have; from two on they are paired
     rewards: dict[str, Contrast]
     mean: Contrast
     worst: Contrast
@@ -97,7 +97,7 @@ def duel(results: Results, name: str, rival: str) -> Duel:
     own = range(trained)
     return Duel(
         seeds=seeds,
-        paired=len(common) > 1,
+        common=len(common),
         rewards={name: between([k]) for k, name in enumerate(results.training)},
         mean=between(own),
         worst=between(own, worst=True),
@@ -158,9 +158,11 @@ def _headline(found: Duel, name: str, rival: str) -> str:
 
 def _basis(found: Duel) -> str:
     if found.seeds > 1:
-        return f"{found.seeds} seeds{', paired' if found.paired else ''}; 95% intervals in brackets"
-    if found.mean.low is None:
+        return f"{found.seeds} seeds{', paired' if found.common > 1 else ''}; 95% intervals in brackets"
+    if not found.common:
         return "no seed in common"
+    if found.mean.low is None:
+        return "one seed, and a reward judges a single prompt"
     return "one seed, too few for an interval over seeds: brackets are 95% over prompts, and training again may differ"
 
 
