@@ -41,7 +41,7 @@ def anchors(world: World, rewards: list[Reward], prompts: list[Record]) -> tuple
 
 def standing(world: str = "mini", steps: int | None = None) -> dict[str, tuple[float, float, float]]:
     """Reward → mean of noise, of a world's base model, of perfect pictures."""
-    path = demo_config_path() if world == "mini" else Path(__file__).parent.parent / "configs" / f"{world}.yaml"
+    path = demo_config_path() if world == "mini" else Path(__file__).parent / f"{world}.yaml"
     config = make_config(read_config(path))
     rewards = load_rewards([*config.rewards, *config.held_out_rewards])
     prompts = held_out_prompts(config)

@@ -98,7 +98,7 @@ def nondominated(points: np.ndarray) -> np.ndarray:
     points = np.asarray(points, dtype=float)
     at_least = (points[:, None] >= points[None]).all(axis=2)  # [i, j]: i is at least as good as j
     better = (points[:, None] > points[None]).any(axis=2)
-    return ~(at_least & better).any(axis=0)
+    return np.logical_not((at_least & better).any(axis=0))
 
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:

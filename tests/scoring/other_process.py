@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from marble.distributed import leave
 from marble.scoring import make_plan, score
 
 PATIENCE = 120  # seconds that one process waits for the other
@@ -28,3 +29,4 @@ def scored(number: int, folder: str, model: str, config: str, lora: str) -> None
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scored(1, *sys.argv[1:])
+    leave(0)
