@@ -15,7 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from marble.statistics import seed_interval
 
 ARMS = ("marble", "raw-norms=marble:balance.norms=raw", "weighted-sum", "standardised-sum")
 """The default; the published weights at matched strength; the raw and the standardised sum, at the same strength."""
-METHODS = {"raw-norms": "published"}
 EVEN = 0.9  # full marks of the general rewards at which they spread within prompts as far as the specialists
 
 
@@ -111,15 +110,22 @@ def run_cell(out: Path, cell: Cell, args: argparse.Namespace) -> bool:
     return True
 
 
-def gains(out: Path, cell: Cell) -> dict[str, np.ndarray]:
-    """Arm → gains `[seeds, K]` of the training rewards in standard deviations of the base model's scores."""
-    content = load_comparison(out / cell.name / "arms")
-    spread = np.array([content["spread"][name] for name in content["training_rewards"]])
-    found = {}
-    for arm, row in content["arms"].items():
-        rows = [[seed["gains"][name] for name in content["training_rewards"]] for seed in row["seeds"].values()]
-        found[arm] = np.array(rows) / spread
-    return found
+def gains(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arm → gains `[seeds, K]` of the training rewards, in standard deviations of the base model's scores.
+
+    Only seeds that every arm has finished, so that arms can be paired; no arms at all if there are none.
+
+    Args:
+        content: of comparison.json.
+    """
+    arms, names = content["arms"], content["training_rewards"]
+    finished = [{seed for seed, run in arm["seeds"].items() if run["status"] == "done"} for arm in arms.values()]
+    seeds = sorted(set.intersection(*finished), key=int) if finished else []
+    return {
+        arm: np.array([[row["seeds"][seed]["gains"][name] for name in names] for seed in seeds], dtype=float)
+        for arm, row in arms.items()
+        if seeds
+    }
 
 
 def winner(values: dict[str, np.ndarray]) -> tuple[str, bool]:
@@ -129,21 +135,36 @@ def winner(values: dict[str, np.ndarray]) -> tuple[str, bool]:
     return best, all(interval is not None and interval[0] > 0 for interval in ahead)
 
 
-def table(out: Path) -> None:
-    """Print every finished cell: gains of the arms, mean and worst, seed by seed."""
-    print("| scale | share | dial | conflict | " + " | ".join(arm.partition("=")[0] for arm in ARMS) + " |")
-    print("|---|---|---|---|" + "---|" * len(ARMS))
+def settings(content: Mapping[str, Any], arm: str) -> dict[str, Any]:
+    """What an arm laid over the config's `balance`, as the map wants it."""
+    prefix = "balance."
+    overrides = content["arms"][arm]["overrides"]
+    assert all(setting.startswith(prefix) for setting in overrides), overrides
+    return {setting.removeprefix(prefix): value for setting, value in overrides.items()}
+
+
+def measured(out: Path) -> Iterator[tuple[Cell, dict[str, Any], dict[str, np.ndarray]]]:
+    """The cells in which every arm has finished a seed: with their comparison, and its `gains`."""
     for cell in CELLS:
         if (out / cell.name / "arms" / "comparison.json").exists():
-            found = gains(out, cell)
-            cells = [
-                " ".join(f"{v:.2f}" for v in rows.mean(axis=1)) + " / " + " ".join(f"{v:.2f}" for v in rows.min(axis=1))
-                for rows in found.values()
-            ]
-            cosine = features(out, cell)["conflict"]
-            print(
-                f"| {cell.mismatch}× | {cell.share:.0%} | {cell.dial:g} | {cosine:+.2f} | " + " | ".join(cells) + " |"
-            )
+            content = load_comparison(out / cell.name / "arms")
+            if found := gains(content):
+                yield cell, content, found
+
+
+def table(out: Path) -> None:
+    """Print every measured cell: gains of the arms, mean and worst, seed by seed."""
+    print("| scale | share | dial | conflict | " + " | ".join(arm.partition("=")[0] for arm in ARMS) + " |")
+    print("|---|---|---|---|" + "---|" * len(ARMS))
+    for cell, _, found in measured(out):
+        arms = [found[arm.partition("=")[0]] for arm in ARMS]
+        cells = [
+            " ".join(f"{v:.2f}" for v in rows.mean(axis=1)) + " / " + " ".join(f"{v:.2f}" for v in rows.min(axis=1))
+            for rows in arms
+        ]
+        cosine = features(out, cell)["conflict"]
+        known = "?" if cosine is None else f"{cosine:+.2f}"
+        print(f"| {cell.mismatch}× | {cell.share:.0%} | {cell.dial:g} | {known} | " + " | ".join(cells) + " |")
 
 
 def features(out: Path, cell: Cell) -> dict[str, float | None]:
@@ -152,19 +173,21 @@ def features(out: Path, cell: Cell) -> dict[str, float | None]:
     return axes_of(content)
 
 
-def write(out: Path) -> None:
-    """Write the packaged map of all finished cells."""
+def write(out: Path, file: Path = FILE) -> None:
+    """Write the packaged map of all measured cells; one whose place on it is not known is left out, and named."""
     cells = []
-    for cell in CELLS:
-        if not (out / cell.name / "arms" / "comparison.json").exists():
+    for cell, content, found in measured(out):
+        place = features(out, cell)
+        unknown = [axis for axis, value in place.items() if value is None]
+        if unknown:
+            print(f"{cell.name} left out: its {', '.join(unknown)} is not known")
             continue
-        found = gains(out, cell)
         mean, sure_mean = winner({arm: rows.mean(axis=1) for arm, rows in found.items()})
         worst, sure_worst = winner({arm: rows.min(axis=1) for arm, rows in found.items()})
-        named = {"mean": METHODS.get(mean, mean), "worst": METHODS.get(worst, worst), "sure": sure_mean and sure_worst}
-        cells.append(features(out, cell) | named)
+        named = {"mean": settings(content, mean), "worst": settings(content, worst), "sure": sure_mean and sure_worst}
+        cells.append(place | named)
     about = "bench/regimes.py on world mini 1, tuning seeds; see docs/benchmarks.md"
-    FILE.write_text(json.dumps({"schema": SCHEMA, "about": about, "cells": cells}, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({"schema": SCHEMA, "about": about, "cells": cells}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

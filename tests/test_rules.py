@@ -80,7 +80,26 @@ def test_stages_are_of_rewards_that_there_are_and_of_sequential_alone():
     found = complaints(balance={"method": "sequential"}, budget={"updates": None, "minutes": 1})
     assert found == ["balance.method: sequential divides budget.updates, which must be given"]
     found = complaints(balance={"method": "sequential"}, budget={"updates": 1}, rewards=[{"reward": r} for r in "ab"])
-    assert found == ["balance.stages: at most one for each of the 1 updates, got 2"]
+    begin = "balance.stages: each lasts an epoch, optimizer.updates_per_epoch = "
+    assert found == [f"{begin}1 updates, or longer, got 1, 0; use budget.updates = 2, or other shares"]
+    uneven = {"method": "sequential", "stages": [{"rewards": ["r"], "share": 3}, {"rewards": ["r"]}]}
+    found = complaints(balance=uneven, budget={"updates": 12}, optimizer={"updates_per_epoch": 4})
+    wanted = "use budget.updates = 16 or optimizer.updates_per_epoch = 3, or other shares"
+    assert found == [f"{begin}4 updates, or longer, got 9, 3; {wanted}"]
+    for updates, each in ((16, 4), (12, 3)):
+        config_with(balance=uneven, budget={"updates": updates}, optimizer={"updates_per_epoch": each})
+
+
+def test_ppo_is_not_trained_with_what_other_objectives_start_from():
+    written = config_with().model_dump(mode="json")
+    written["objective"]["name"] = "ppo"
+    found = complaints(**written)
+    assert [line.split(":")[0] for line in found] == ["objective.clip", "objective.old"]
+    assert "less than 1, got 1.0; its authors use 1e-4, with objective.kl = 0.04" in found[0]
+    assert "got slope = 0.001 and limit = 0.5; its authors use slope = 0 and limit = 0" in found[1]
+    dumped = config_with(objective={"name": "ppo"})
+    assert config_with(**dumped.model_dump(mode="json")) == dumped
+    config_with(objective={"name": "ppo", "old": {"slope": 0.0, "limit": 0.5}})
 
 
 def test_all_broken_rules_at_once():

@@ -60,7 +60,7 @@ ARMS: dict[str, tuple[str, dict[str, object]]] = {
         {"objective.name": "awm", "balance.method": "weighted-sum"},
     ),
     "published-first": (
-        "published, its solves looking at the first micro-batch alone, as its authors' code has it",
+        "published, every solve on the first micro-batch alone; its authors' code does so from the second solve on",
         {"balance.method": "published", "balance.solve_share": 1e-9},
     ),
     "published-every": (

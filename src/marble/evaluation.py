@@ -120,7 +120,7 @@ def evaluate(
     mine, rows = prompts[own.start : own.stop], range(own.start * each, own.stop * each)
     # every process makes as many calls as the one with the largest share
     idle = [prompts[0]] * (len(share(len(prompts), 0)) - len(mine)) if policy.in_step else []
-    table, images = make_and_judge(
+    table, images, _ = make_and_judge(
         policy,
         rewards,
         mine,
@@ -152,7 +152,7 @@ def make_and_judge(
     cache: ScoreCache | None,
     idle: Sequence[Record] = (),
     **sampling: Any,
-) -> tuple[RewardTable, Tensor]:
+) -> tuple[RewardTable, Tensor, list[str]]:
     """What `evaluate` does in one process alone, which is told nothing by the others.
 
     Args:
@@ -166,7 +166,8 @@ def make_and_judge(
         sampling: of `Policy.images`: `steps`, `adapter`, `batch`, `guidance`, `scheduler`.
 
     Returns:
-        The table of these prompts' images alone, and the images, `[M, 3, H, W]` float in [0, 1].
+        The table of these prompts' images alone; the images, `[M, 3, H, W]` float in [0, 1]; and the names of the
+        rewards that raised or did not answer in time, rather than answer without a number.
     """
     each, made = len(seeds), [*prompts, *idle]
     groups = torch.arange(len(prompts)).repeat_interleave(each)
@@ -175,7 +176,7 @@ def make_and_judge(
     if made:
         texts, repeated = [record.text for record in made], list(seeds) * len(made)
         images = policy.images(texts, repeated, seen=judging.add, **sampling)[: len(prompts) * each]
-    return judging.table(), images
+    return judging.table(), images, judging.failed
 
 
 def sample_of(pixels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,28 @@ def split_by_share(shares: Sequence[float], total: int) -> list[int]:
     return counts
 
 
+def stage_ends(shares: Sequence[float], updates: int) -> list[int]:
+    """The update before which each stage of `sequential` ends: halves rounded up."""
+    return [int(done / sum(shares) * updates + 0.5) for done in itertools.accumulate(shares)]
+
+
+def knows_floors(method: str) -> bool:
+    """Whether a method keeps a reward's floor."""
+    return method in FROM_GRADIENTS and method != "published"
+
+
+def knows_priorities(method: str) -> bool:
+    """Whether a method heeds priorities."""
+    return method not in (*SUMS, "published")
+
+
 def check_rules(config: Config) -> None:
     """Check a configuration's fields against each other.
 
     Raises:
         ValueError: one line per broken rule.
     """
-    problems = [*_model(config), *_geometry(config), *_balance(config), *_budget(config)]
+    problems = [*_model(config), *_geometry(config), *_ppo(config), *_balance(config), *_budget(config)]
     if problems:
         raise ValueError("\n  ".join(problems))
 
@@ -70,11 +86,6 @@ def _geometry(config: Config) -> list[str]:
             f"with rollout.steps = {rollout.steps}; use objective.timesteps = {rollout.steps - 1} "
             f"or rollout.steps = {objective.timesteps + 1}"
         )
-    if objective.name == "ppo" and rollout.scheduler != "sde":
-        problems.append(
-            "rollout.scheduler: ppo needs the log-probabilities of the sampler's steps, got "
-            f"{rollout.scheduler}; use sde"
-        )
     if config.model.shard and config.model.train == "full":
         problems.append("model.shard: only a frozen base can be in shards, got model.train = full; use lora")
     if config.model.shard and config.model.quantize:
@@ -90,6 +101,28 @@ def _geometry(config: Config) -> list[str]:
             f"optimizer.updates_per_epoch: at most one update per image and timestep "
             f"({rollout.prompts} × {rollout.group_size} × {objective.timesteps} = {visits}), "
             f"got {optimizer.updates_per_epoch}; use {visits}"
+        )
+    return problems
+
+
+def _ppo(config: Config) -> list[str]:
+    """PPO is not trained with what the other objectives start from, as a config written out in full for them has it."""
+    objective, scheduler, problems = config.objective, config.rollout.scheduler, []
+    if objective.name != "ppo":
+        return []
+    if scheduler != "sde":
+        problems.append(
+            f"rollout.scheduler: ppo needs the log-probabilities of the sampler's steps, got {scheduler}; use sde"
+        )
+    if objective.clip >= 1:
+        problems.append(
+            f"objective.clip: a ratio of ppo is clipped to 1 ± this, so less than 1, got {objective.clip}; its authors "
+            "use 1e-4, with objective.kl = 0.04"
+        )
+    if objective.old.slope > 0 and objective.old.limit > 0:
+        problems.append(
+            "objective.old: ppo's old policy is the one that sampled, without decay, got slope = "
+            f"{objective.old.slope} and limit = {objective.old.limit}; its authors use slope = 0 and limit = 0"
         )
     return problems
 
@@ -127,9 +160,16 @@ def _stages(config: Config) -> list[str]:
             for name in stage.rewards
             if name not in names
         ]
-    stages = len(balance.stages) or len(names)
-    if balance.method == "sequential" and stages > (config.budget.updates or stages):
-        problems.append(f"balance.stages: at most one for each of the {config.budget.updates} updates, got {stages}")
+    shares, least = [stage.share for stage in balance.stages] or [1.0] * len(names), config.optimizer.updates_per_epoch
+    ends = stage_ends(shares, config.budget.updates or 0)
+    lengths = [end - begin for begin, end in itertools.pairwise([0, *ends])]
+    if balance.method == "sequential" and config.budget.updates and min(lengths) < least:
+        enough = math.ceil(least * sum(shares) / min(shares))
+        smaller = f" or optimizer.updates_per_epoch = {min(lengths)}" if min(lengths) else ""
+        problems.append(
+            f"balance.stages: each lasts an epoch, optimizer.updates_per_epoch = {least} updates, or longer, got "
+            f"{', '.join(map(str, lengths))}; use budget.updates = {enough}{smaller}, or other shares"
+        )
     return problems
 
 
@@ -137,12 +177,12 @@ def _preferences(config: Config) -> list[str]:
     """Priorities, floors and the ways of solving, against the method."""
     balance, method, problems = config.balance, config.balance.method, []
     for i, term in enumerate(config.rewards):
-        if term.floor and (method not in FROM_GRADIENTS or method == "published"):
+        if term.floor and not knows_floors(method):
             problems.append(
                 f"rewards.{i}.floor: needs a method that takes every reward's gradient (and is not the paper's to the "
                 f"letter), got balance.method = {method}; use marble"
             )
-        if term.priority != 1 and method in (*SUMS, "published"):
+        if term.priority != 1 and not knows_priorities(method):
             other = "use rewards.N.weight instead" if method in SUMS else "use balance.method = marble"
             problems.append(f"rewards.{i}.priority: {method} knows none, got {term.priority}; {other}")
     plain = {"smooth": "weights", "estimate": "batch", "gradients": "whole"}

@@ -10,6 +10,8 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 2000
+FEWEST_PROMPTS, FEW_PROMPTS = 5, 20
+"""Of fewer prompts than the first there is no interval, of fewer than the second none by bootstrap."""
 
 
 def bootstrap_interval(
@@ -35,10 +37,27 @@ def seed_interval(values: np.ndarray) -> tuple[float, float] | None:
     """95% interval of the mean over seeds by Student's t; None for fewer than two, which have none."""
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
-    if len(values) < 2:
-        return None
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / len(values) ** 0.5
+    return None if len(values) < 2 else t_interval(values)
+
+
+def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean of `values` `[M]`, M ≥ 2, by Student's t: it covers the mean with probability `level`."""
+    quantile = float(stats.t.ppf((1 + level) / 2, len(values) - 1))
+    half = quantile * float(values.std(ddof=1)) / len(values) ** 0.5
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+def prompt_interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95% interval of a mean over prompts, of a value a prompt `[M]`; NaN is left out.
+
+    None of fewer than 5 prompts. By Student's t of fewer than 20, of which a bootstrap's percentiles lie too close
+    together (those of 5 values hold the mean four times in five); from 20 on by bootstrap.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if len(values) < FEWEST_PROMPTS:
+        return None
+    return t_interval(values) if len(values) < FEW_PROMPTS else bootstrap_interval(values)
 
 
 def share_interval(share: float, count: int) -> tuple[float, float]:

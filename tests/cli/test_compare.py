@@ -104,6 +104,9 @@ def test_mistakes_are_named_and_leave_nothing_behind(folder, tmp_path, capsys):
     known = (folder / "comparison.json").read_bytes()
     message = mistake(capsys, "--methods", "gdpo", "--budget.updates", "3", "--out", folder)
     assert "budget.updates: 3 in this call, 2 in" in message
+    fewer = mistake(capsys, "--seeds", "3", "--rollout.prompts", "6", "--out", folder)
+    assert "rollout.prompts: 6 in this call, 3 in" in fewer
+    assert "budget.updates" not in fewer  # the settings are laid over the comparison's own, not the demo's
     assert "holds a comparison of its own" in mistake(capsys, "--runs", "a", "b", "--out", folder)
     assert (folder / "comparison.json").read_bytes() == known
 
@@ -163,7 +166,7 @@ def test_later_calls_add_methods_and_try_broken_cells_again(folder):
     log = (folder / "cells" / "broken-3.log").read_text()
     assert log.count("no layer of transformer matches") == 2
     content = load_comparison(folder)
-    assert [row["arm"] for row in table_of(content)] != ["marble"]
+    assert {row["arm"] for row in table_of(content)} == {"marble", "weighted-sum"}
     assert content["baseline"] == "weighted-sum"
     assert content["verdict"].startswith("marble against weighted-sum: too few seeds for an interval")
 
@@ -206,9 +209,12 @@ def test_ctrl_c_leaves_cells_that_go_on(tmp_path):
     assert not (out / "cells" / "uniform-0").exists()
     before = len(metrics.read_text().splitlines())
     assert 3 < before < 31
-    done = compare(*arguments)
+    done = compare("--out", out, "--rollout.batch", "3")
     assert done.returncode == 0, done.stderr
-    assert "--resume" not in done.stdout
+    assert "marble-0: done" in done.stderr
+    log = (out / "cells" / "marble-0.log").read_text()
+    assert log.count("report:") == 1  # the second attempt alone came to an end, in the same run
+    assert "batch: 3\n" in (out / "cells" / "marble-0" / "config.yaml").read_text()
     assert len(metrics.read_text().splitlines()) == 31
     statuses = [seed["status"] for arm in load_comparison(out)["arms"].values() for seed in arm["seeds"].values()]
     assert statuses == ["done", "done"]

@@ -92,7 +92,8 @@ def test_a_model_alone_with_too_few_prompts_for_intervals(tmp_path):
     code, text, err = run("evaluate", "mini", "--out", tmp_path / "out", "--held_out_rewards", "[]", *few)
     assert code == 0, err
     assert "too few prompts" in next(line for line in text.splitlines() if line.startswith("composition"))
-    assert "too few prompts for an interval of text, composition" in text
+    assert "too few prompts for an interval of aesthetic, alignment, preference, text, composition" in text
+    assert "at least 5, better 20" in text
     assert "win rate" not in text
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert content["rewards"]["text"]["mean"]["low"] is None

@@ -10,7 +10,7 @@ TRAINING, HELD_OUT = ["a", "b"], ["c"]
 BASE, SPREAD = np.array([1.0, 2.0, 4.0]), np.array([0.5, 1.0, 2.0])
 
 
-def result(a, b, c, *, seconds=60.0, noise=0.0, curve=(), cosines=(), folder="run"):
+def result(a, b, c, *, seconds=60.0, noise=0.0, curve=(), cosines=(), folder="run", updates=2, place=("cpu", 1)):
     """A run that gained so many spreads, every prompt alike, or `noise` more and less on the second and third."""
     gains = np.array([a, b, c], dtype=float)
     prompts = gains + noise * np.array([[0.0], [1.0], [-1.0]])
@@ -23,8 +23,10 @@ def result(a, b, c, *, seconds=60.0, noise=0.0, curve=(), cosines=(), folder="ru
         prompt_gains=prompts,
         seconds=seconds,
         memory=2**30,
-        images=12,
-        updates=2,
+        prompt_scores=BASE + prompts * SPREAD,
+        images=6 * updates,
+        updates=updates,
+        place=place,
         cosines=list(cosines),
         curve=list(curve),
     )

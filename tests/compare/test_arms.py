@@ -3,7 +3,7 @@
 import pytest
 
 from marble.catalogue import ARMS, METHODS
-from marble.compare.arms import Arm, configure, parse_arms, remark
+from marble.compare.arms import Arm, configure, parse_arms, remarks
 from marble.compare.sameness import budget_of, different
 from marble.config import demo_config_path, make_config, read_config
 from marble.errors import MarbleError
@@ -61,6 +61,8 @@ def test_specialists_are_one_of_each():
         (["marble", "same=marble"], '"marble" and "same" are the same arm'),
         (["x="], "expected BASE"),
         (["marble:refresh"], 'expected setting=value after the colon, got "refresh"'),
+        (["marble:seed=3"], "seed is not an arm's to set, got 3; use --seeds"),
+        (["marble:optimizer.lr=1e-4,threads=2"], "threads is not an arm's to set, got 2; use --threads"),
         (["marble:balance.refresh=@"], "balance.refresh: cannot read the value '@'"),
     ],
 )
@@ -114,5 +116,22 @@ def test_settings_that_do_not_fit_say_whose_they_are(demo):
 
 def test_a_solve_on_the_only_micro_batch_is_remarked(demo):
     first, smaller = parse_arms(["published-first", "published-first:optimizer.micro_batch=9"], [])
-    assert "72 visits are one micro-batch" in remark(first, configure(demo, first, 0))
-    assert remark(smaller, configure(demo, smaller, 0)) == ""
+    given = make_config(demo)
+    (told,) = remarks(given, first, configure(demo, first, 0))
+    assert "72 visits are one micro-batch" in told
+    assert remarks(given, smaller, configure(demo, smaller, 0)) == []
+
+
+@pytest.mark.parametrize("wish", [{"floor": True}, {"priority": 2.0}])
+@pytest.mark.parametrize("name", ["ppo", "weighted-sum", "published"])
+def test_what_a_method_does_not_know_is_left_out_and_remarked(demo, wish, name):
+    demo["rewards"][0] |= wish
+    (arm,) = parse_arms([name], [])
+    config = configure(demo, arm, seed=0)
+    assert (config.rewards[0].floor, config.rewards[0].priority) == (False, 1.0)
+    word = "floors" if "floor" in wish else "priorities"
+    assert f"knows no {word}; the rewards' are left out" in remarks(make_config(demo), arm, config)[0]
+    (known,) = parse_arms(["closed-loop"], [])
+    kept = configure(demo, known, seed=0)
+    assert (kept.rewards[0].floor, kept.rewards[0].priority) == (wish.get("floor", False), wish.get("priority", 1.0))
+    assert remarks(make_config(demo), known, kept) == []

@@ -9,10 +9,13 @@ import pytest
 import yaml
 
 from marble.compare.arms import parse_arms
-from marble.compare.cells import Crew, Place, Work, _error, choose_place, last_metrics
+from marble.compare.cells import Crew, Place, Work, _changes, _error, choose_place, last_metrics
 from marble.compare.folder import Comparison
+from marble.compare.results import gather
 from marble.config import demo_config_path, make_config, read_config
 from marble.errors import MarbleError
+from marble.overrides import override
+from marble.run import Run
 
 LABELS = ["mini-aesthetic", "mini-alignment", "mini-preference", "mini-text", "mini-composition"]
 
@@ -52,8 +55,49 @@ def test_other_configurations_are_refused_by_name(comparison):
     assert "another configuration" in str(caught.value)
     assert "budget.updates: 90 in this call, 180 in" in str(caught.value)
     assert "optimizer.lr" in str(caught.value)
-    same = read_config(demo_config_path()) | {"threads": 2, "seed": 5}
-    assert Comparison.open(comparison.path, same).values == comparison.values
+
+
+def test_where_and_how_fast_to_run_is_taken_over(comparison):
+    comparison.save()
+    given = ["--rewards.2.url", "http://a:1", "--rollout.batch", "6", "--seed", "5"]
+    values = override(read_config(demo_config_path()), given)
+    known = Comparison.open(comparison.path, values)
+    assert known.config.rewards[2].url == ["http://a:1"]
+    assert known.config.rollout.batch == 6
+    assert known.config.seed == 0  # cells have their own
+    known.save()
+    again = Comparison.open(comparison.path, None).config
+    assert again == known.config
+    unsaid = Comparison.open(comparison.path, {k: v for k, v in values.items() if k != "seed"}).config
+    assert unsaid == known.config
+
+
+def test_a_broken_cell_goes_on_where_and_as_fast_as_is_said_now(comparison):
+    (cell,) = comparison.add(parse_arms(["marble"], LABELS), [3])
+    Run.create(cell.folder, cell.config)
+    override(comparison.values, ["--rollout.batch", "6", "--rewards.2.url", "http://a:1", "--diagnose_every", "3"])
+    now = comparison.cell("marble", 3)
+    assert now.strayed() == ""
+    assert _changes(now, 2) == ["--rewards.2.url", '["http://a:1"]', "--rollout.batch", "6", "--threads", "2"]
+    assert make_config(override(cell.config.model_dump(mode="json"), _changes(now, 2))).rollout.batch == 6
+
+
+def test_a_run_of_another_configuration_stands_for_no_cell_and_is_kept(comparison):
+    strange, gone = comparison.add(parse_arms(["marble"], LABELS), [0, 1])
+    comparison.save()
+    Run.create(strange.folder, make_config(override(strange.config.model_dump(mode="json"), ["--optimizer.lr", "1"])))
+    (strange.folder / "evaluation.json").write_text('{"after": {}}')
+    gone.folder.mkdir()
+    (gone.folder / "config.yaml").write_text("other: setting")
+    assert "optimizer.lr: 1.0 in its run, 0.0005 in the comparison" in strange.strayed()
+    with Crew(comparison.path, Place(1, 1, [])) as crew:
+        assert crew.make([strange, gone], lambda *_: pytest.fail("a process was started"))
+    found = gather(comparison)
+    assert found.done == {"marble": {}}
+    assert [cell["status"] for cell in found.cells["marble"].values()] == ["failed", "failed"]
+    assert found.cells["marble"][0]["error"] == strange.strayed()
+    assert "other: unknown setting" in found.cells["marble"][1]["error"]
+    assert (strange.folder / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -76,6 +120,11 @@ def test_a_name_keeps_its_meaning_and_its_folder(comparison):
     comparison.add(parse_arms(["mine=marble:balance.refresh=5"], LABELS), [0])
     with pytest.raises(MarbleError, match="give it another name"):
         comparison.add(parse_arms(["mine=marble:balance.refresh=6"], LABELS), [0])
+    (long,) = comparison.add(parse_arms(["é" * 300 + "=gdpo"], LABELS), [0])
+    (other,) = comparison.add(parse_arms(["é" * 301 + "=uniform"], LABELS), [0])
+    assert not long.done
+    assert len(long.beside(".json").name.encode()) < 120
+    assert long.folder != other.folder
     with pytest.raises(MarbleError, match="would have the same folder"):
         comparison.add(parse_arms(["a b=gdpo", "a.b=uniform"], LABELS), [0])
 
@@ -94,6 +143,8 @@ def test_places():
     assert choose_place(config, 3, 2) == Place(3, 2, [])
     assert choose_place(config, None, 10_000).jobs == 1
     assert choose_place(config, None, None).threads == 1
+    config.model.device = "cuda:1"
+    assert choose_place(config, None, 2) == Place(1, 2, [])
 
 
 def test_the_last_whole_line_of_the_metrics_counts(tmp_path):

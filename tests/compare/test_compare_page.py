@@ -62,9 +62,36 @@ def test_other_files_are_refused(tmp_path):
         load_comparison(tmp_path)
 
 
-def test_a_baseline_without_a_run_is_refused(config):
-    with pytest.raises(MarbleError, match='"ppo" has no finished run; those that have: marble'):
-        describe(results(marble={0: result(1, 1, 1)}, ppo={0: "broke"}), config, "ppo")
+def test_a_baseline_without_a_run_is_noted_and_one_that_is_no_arm_refused(config):
+    found = results(marble={0: result(1, 1, 1)}, weighted_sum={0: result(1, 1, 1)}, ppo={0: "broke"})
+    content = describe(found, config, "ppo", ["as it is"])
+    assert content["baseline"] == "weighted-sum"
+    said = 'baseline: "ppo" has no finished run; relative gains are over weighted-sum'
+    assert content["notes"] == ["as it is", said]
+    with pytest.raises(MarbleError, match='"gdpo" is not an arm; those are: marble, weighted-sum, ppo'):
+        describe(found, config, "gdpo")
+
+
+def test_settings_of_arms_are_published_without_servers_and_keys(config):
+    found = results(marble={0: result(1, 1, 1)})
+    found.overrides["marble"] = {
+        "balance.refresh": 5,
+        "rewards.0.weight": 2.0,
+        "rewards.0.url": ["http://secret:1"],
+        "rewards.1.reward": "http://secret:1/mini-text",
+        "rewards.1.settings.key": "secret",
+        "rewards.1.settings.batch": 3,
+        "rewards.2.settings": {"token": "secret", "batch": 4},
+        "rewards.3": {"reward": "http://secret:1/x"},
+        "held_out_rewards": ["mini-text", {"reward": "y", "settings": {"folder": "/home/secret"}}],
+    }
+    told = describe(found, config)["arms"]["marble"]["overrides"]
+    assert "secret" not in json.dumps(told)
+    assert told["balance.refresh"] == 5
+    assert told["rewards.0.weight"] == 2.0
+    assert told["rewards.1.settings.batch"] == 3
+    assert told["rewards.2.settings"] == {"batch": 4}
+    assert [use["reward"] for use in told["held_out_rewards"]] == ["mini-text", "y"]
 
 
 def test_table_of_is_flat_and_ranked(content):
@@ -85,6 +112,7 @@ def test_texts():
 
 def test_tables_have_a_row_an_arm(content):
     assert [row[0] for row in standings(content)] == [row[0] for row in costs(content)] == ["arm", "marble", "ppo"]
+    assert [row[3:5] for row in costs(content)[1:]] == [["12", "2"], ["12", "2"]]
     assert [row[0] for row in scores(content)] == ["arm", "base model", "marble", "ppo"]
     assert all(len({len(row) for row in table(content)}) == 1 for table in (standings, costs, scores))
 
@@ -105,6 +133,16 @@ def test_the_page_escapes_and_needs_nothing_else(content, tmp_path):
     assert 'src="http' not in page
     assert page.count("data:image/png") == 3  # the base model and two arms
     assert page.count("<svg") == 2
+
+
+def test_cells_that_made_more_than_others_are_shown_as_a_range(config, tmp_path):
+    found = results(marble={0: result(1, 1, 1), 1: result(1, 1, 1, updates=1)})
+    content = describe(found, config, remarks=["a <remark>"])
+    assert costs(content)[1][3:5] == ["6 to 12", "1 to 2"]
+    for cell in content["arms"]["marble"]["seeds"].values():
+        (tmp_path / cell["folder"]).mkdir(parents=True)
+        (tmp_path / cell["folder"] / "evaluation.json").write_text('{"before": {"prompts": []}}')
+    assert "a &lt;remark&gt;" in write_page(tmp_path, content).read_text()
 
 
 def test_a_page_of_nothing_but_failures(config, tmp_path):

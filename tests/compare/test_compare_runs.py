@@ -37,13 +37,15 @@ def made(folder, *settings, finished=True, gain=1.0, **changes):
 
 
 def test_a_run_is_read(tmp_path):
-    found = read_result(made(tmp_path / "a", gain=0.5), NAMES[::-1], peak=7)
+    found = read_result(made(tmp_path / "a", gain=0.5), NAMES[::-1], {"memory": 7, "jobs": [2], "threads": [1]})
     # scores 0, 1, 2, 3: population standard deviation √1.25
     assert found.spread == pytest.approx(1.25**0.5)
     assert found.gains == pytest.approx(0.5 / 1.25**0.5)
     assert found.means == pytest.approx(2.0)
     assert (found.seconds, found.memory, found.images, found.updates) == (90.0, 7, 4320, 180)
     assert found.cosines == [-0.1]
+    assert found.prompt_scores[:, 0] == pytest.approx([1.0, 3.0])
+    assert found.place == ("cpu", 1, 1, "jobs", 2)
 
 
 def test_images_without_a_score_count_in_neither(tmp_path):
@@ -108,6 +110,14 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path, settings, changes,
     with pytest.raises(MarbleError) as caught:
         side_by_side(paths)
     assert message in str(caught.value)
+
+
+def test_runs_of_other_training_sets_are_refused(tmp_path):
+    rewards = [f"mini-{name}" for name in NAMES]
+    two = ("--rewards", str(rewards[:2]), "--held_out_rewards", str(rewards[2:]))
+    some = {"training_rewards": NAMES[:2], "held_out_rewards": NAMES[2:]}
+    with pytest.raises(MarbleError, match="or on one of them, got aesthetic, alignment in"):
+        side_by_side([made(tmp_path / "a", *two, **some), made(tmp_path / "b")])
 
 
 def test_one_run_and_other_folders_are_refused(tmp_path):

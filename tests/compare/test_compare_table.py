@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from marble.compare.results import mean_over
-from marble.compare.table import choose_baseline, estimate, over_prompts, prompt_interval, summarise
+from marble.compare.table import choose_baseline, composites, estimate, over_prompts, prompt_interval, summarise
 
 from .made import result, results
 
@@ -90,9 +90,32 @@ def test_what_is_below_the_base_model_is_so_surely():
 
 def test_relative_gains_without_common_seeds_and_over_zero():
     apart = summarise(results(ppo={0: result(0, 0, 0)}, x={1: result(2.0, 2.0, 0)}), "ppo")
-    assert apart["x"]["relative"] == {"mean": pytest.approx((1.0 + 1.0) / 2), "low": None, "high": None}
+    assert apart["x"]["relative"] == {"mean": pytest.approx((1.0 + 1.0) / 2), "low": None, "high": None, "seeds": 1}
     zero = summarise(results(ppo={0: result(-2.0, 0, 0)}, x={0: result(2.0, 2.0, 0)}), "ppo")
     assert zero["x"]["relative"]["mean"] is None
+
+
+def test_relative_gains_of_one_seed_have_an_interval_over_prompts():
+    one = results(ppo={0: result(0, 0, 0), 1: result(-2.0, 0, 0)}, x={0: result(2.0, 2.0, 0, noise=0.5)})
+    found = summarise(one, "ppo")["x"]["relative"]
+    low, high = found["prompts"]
+    assert found["mean"] == pytest.approx(1.0)
+    assert found["seeds"] == 1
+    # a on each prompt: 2 ± 0.25 over 1, b: 4 ± 0.5 over 2, so that no draw is more than 25% away
+    assert 0.75 <= low < 0.9
+    assert 1.1 < high <= 1.25
+
+
+def test_composites_are_seed_by_seed_where_all_arms_share_two():
+    x = {0: result(1, 1, 1), 1: result(2, 2, 2), 2: result(9, 9, 9)}
+    y = {0: result(2, 2, 2), 1: result(1, 1, 1)}
+    table = summarise(results(x=x, y=y), None)
+    for name in ("x", "y"):  # z 0 with one seed, √1.5 with the other
+        assert table[name]["composite_z"] == pytest.approx(math.sqrt(1.5) / 2)
+        # standard deviation √1.5 / √2, t(0.975, 1) = 12.7062: half width 12.7062 · √1.5 / 2
+        half = 12.7062 * math.sqrt(1.5) / 2
+        assert table[name]["composite_z_seeds"]["high"] == pytest.approx(math.sqrt(1.5) / 2 + half, abs=1e-4)
+    assert composites(results(x=x, y={0: y[0]}))["y"] != pytest.approx(math.sqrt(1.5))  # of x's mean over all seeds
 
 
 def test_baseline():

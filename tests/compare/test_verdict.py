@@ -29,6 +29,10 @@ def test_a_contrast_without_common_seeds_is_welchs():
     assert found.sure == 1
 
 
+def test_seeds_that_are_all_alike_have_no_welch_interval():
+    assert contrast({0: 3.0, 1: 3.0}, {2: 1.0, 3: 1.0}) == Contrast(2.0, None, None)
+
+
 def test_too_few_seeds_have_no_interval():
     assert contrast({0: 3.0}, {0: 1.0}) == Contrast(2.0, None, None)
     assert contrast({0: 3.0, 1: 5.0}, {2: 1.0}) == Contrast(3.0, None, None)
@@ -61,10 +65,14 @@ def test_a_sure_win_is_called_one():
         ppo={s: result(0.5, 0.2, 0.0) for s in (0, 1, 2)},
     )
     text = words(found)
-    assert text.startswith("marble gains more than ppo on average (3 seeds, paired; 95% intervals in brackets). ")
-    assert "more on 2 of 2 training rewards (surely on 2, surely less on 0)" in text
+    assert text.startswith(
+        "marble gains more than ppo on average (3 seeds, paired, on these prompts; 95% intervals in brackets). "
+    )
+    assert "more on 2 of 2 training rewards (surely on 2, less on 0)" in text
     assert "cannot be told apart" not in text
-    assert "Relative to ppo's scores that is +24%" in text  # (1.505/1.25 − 1 + 2.8/2.2 − 1) / 2 = 0.2384
+    assert (
+        "Its scores relative to ppo's, averaged over the training rewards: +24%" in text
+    )  # (1.505/1.25 − 1 + 2.8/2.2 − 1) / 2 = 0.2384
     assert "It takes 1.10 times as long." in text
 
 
@@ -93,6 +101,9 @@ def test_one_seed_is_said():
     assert "one seed, too few for an interval over seeds" in text
     assert "training again may differ" in text
     assert "[" in text  # over prompts
+    assert "surely" not in text
+    assert "ppo (−" in text
+    assert "too few seeds that all arms have" in text
 
 
 def test_no_seed_in_common_and_too_few_of_them():
@@ -108,7 +119,7 @@ def test_one_seed_and_a_reward_of_a_single_prompt():
         seeds[0].prompt_gains[1, 1] = float("nan")
     text = words(found)
     assert "nothing is sure (one seed, and a reward judges a single prompt)" in text
-    assert "surely on 1, surely less on 0" in text  # the other reward judges all
+    assert "(with the whole bracket on 1, less on 0)" in text  # the other reward judges all
 
 
 def test_every_rival_has_its_paragraph_and_the_ranking_comes_last():
@@ -131,3 +142,44 @@ def test_without_marble_the_first_arm_is_judged_and_without_rivals_all_others():
 
 def test_nothing_measured_is_said():
     assert words(results(marble={0: "broke"})).startswith("Nothing has been measured yet")
+
+
+def test_cells_that_are_in_no_number_are_named():
+    found = results(marble={0: "broke", 1: "broke"}, ppo={0: result(1, 1, 1), 1: "broke"}, gdpo={0: result(0, 0, 0)})
+    last = words(found).splitlines()[-1]
+    assert last == "Failed or unfinished, and in no number here: marble (seeds 0, 1, all of it), ppo (seed 1)."
+    assert "marble (seed 0, all of it)" in words(results(marble={0: "broke"}))
+    assert "Failed" not in words(results(marble={0: result(1, 1, 1)}))
+
+
+def test_what_was_not_made_under_one_budget_is_named():
+    arms = {"marble": {0: result(1, 1, 1), 1: result(1, 1, 1, updates=1)}, "ppo": {0: result(0, 0, 0)}}
+    assert words(results(**arms)).splitlines()[-1] == (
+        "Not one budget: marble (seed 1) made 1 update from 6 images; the others made 2 updates from 12 images."
+    )
+    assert "Not one budget" not in words(results(marble={0: result(1, 1, 1)}, ppo={0: result(0, 0, 0)}))
+
+
+def test_times_of_other_places_are_not_compared():
+    found = results(marble={0: result(1, 1, 1)}, ppo={0: result(0, 0, 0, place=("cpu", 2))})
+    assert "times as long" not in words(found)
+
+
+def test_the_ranking_says_who_is_surely_ahead_and_whether_the_base_model_is():
+    ahead = {s: result(2 + 0.1 * s, 2, 2) for s in (0, 1, 2)}
+    behind = {s: result(1, 1 + 0.1 * s, 1) for s in (0, 1, 2)}
+    text = words(results(marble=ahead, ppo=behind)).splitlines()[1]
+    assert text.startswith("Highest composite z of the 2 arms: marble (+")
+    assert ", ahead of ppo (" in text
+    crossing = {0: result(1, 1, 1), 1: result(2.5, 2.5, 2.5), 2: result(2, 2, 2)}
+    assert ", which cannot be told apart from " in words(results(marble=ahead, ppo=crossing))
+    worse = words(results(marble={0: result(-1, -1, -1)}, ppo={0: result(-2, -2, -2)}))
+    assert ", below the base model (+1.22)" in worse
+
+
+def test_seeds_that_went_into_the_relative_gain_are_counted():
+    zero = result(-2.0, 0, 0)  # a mean of 0 to be relative to
+    found = results(
+        marble={s: result(1, 1, 1) for s in (0, 1, 2)}, ppo={0: zero, 1: result(0, 0, 0), 2: result(0.1, 0, 0)}
+    )
+    assert "(over 2 of 3 seeds)" in words(found)

@@ -1,11 +1,20 @@
 import copy
+import json
+from dataclasses import asdict
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
+from marble.balance.solvers import solve
 from marble.config import make_config
+from marble.conflict.across import AcrossBatches
 from marble.conflict.advice import advise, headline
-from marble.conflict.regimes import Regime, axes_of, nearest_regime, read_regimes
+from marble.conflict.directions import describe_gradients
+from marble.conflict.regimes import FILE, Regime, axes_of, nearest_regime, read_regimes
+from marble.conflict.scores import describe_scores
+from marble.gradients import gram_of
 
 NAMES = ["a", "b", "c"]
 FLAGS = [[False] * 3 for _ in range(3)]
@@ -17,14 +26,24 @@ def quiet():
     norm = {"one_batch": 1.0, "known": True, "shown": 0.5, "batches_needed": 3.0}
     seen = {"conflict_rate": 0.1, "conflict_rate_low": 0.02, "against": {"a": 0.1, "b": 0.0, "c": 0.0}}
     flat = [[1.0, 0.2, 0.2], [0.2, 1.0, 0.2], [0.2, 0.2, 1.0]]
+    some = [[30, 20, 20], [20, 30, 20], [20, 20, 30]]
+    true = {"worst": 0.31, "worst_low": 0.1, "worst_high": 0.5, "worst_reward": "b", "against": []}
     content = {
         "rewards": NAMES,
         "setup": {"prompts": 12, "group_size": 8, "batches": 24},
-        "scores": {"rewards": {name: dict(row) for name in NAMES}, "mismatch": 2.0, "pearson": flat},
+        "scores": {
+            "rewards": {name: dict(row) for name in NAMES},
+            "mismatch": 2.0,
+            "pearson": flat,
+            "pearson_low": flat,
+            "jointly_prompts": some,
+        },
         "gradients": {
             "norms": {name: dict(norm) for name in NAMES},
             "cosines_true": {"estimate": flat, "low": flat, "high": flat, "conflict": FLAGS, "agree": FLAGS},
-            "directions": {"weighted_sum": {"advantage": seen, "true": {"worst": 0.31, "worst_reward": "b"}}},
+            "directions": {
+                "weighted_sum": {"advantage": seen, "true": true | {"cosines": {"a": 0.4, "b": 0.31, "c": 0.5}}}
+            },
         },
     }
     return copy.deepcopy(content)
@@ -44,22 +63,16 @@ def spoil(content, path, value):
     content[last] = value
 
 
+RAW = ("gradients", "directions", "weighted_sum")
 # rule, what is spoilt, a value that triggers it, one that just does not, rewards named, the number
 CASES = [
     ("constant", ("scores", "rewards", "b", "constant"), 0.6, 0.5, ["b"], 0.6),
     ("spreads", ("scores", "mismatch"), 3.1, 3.0, None, 3.1),
     ("specialist", ("scores", "rewards", "c", "judges"), 0.33, 0.5, ["c"], 0.33),
-    ("redundant", ("scores", "pearson", 0, 2), 0.91, 0.9, ["a", "c"], 0.91),
     ("noise", ("gradients", "norms", "a", "shown"), 0.19, 0.2, ["a"], 0.19),
     ("unseen", ("gradients", "norms", "b", "known"), False, True, ["b"], None),
-    (
-        "opposed",
-        ("gradients", "directions", "weighted_sum", "advantage", "conflict_rate_low"),
-        0.11,
-        0.1,
-        ["a"],
-        0.1,
-    ),
+    ("by-noise", (*RAW, "advantage", "conflict_rate_low"), 0.11, 0.1, ["a"], 0.1),
+    ("opposed", (*RAW, "true", "against"), ["b"], [], ["b"], 0.31),
 ]
 
 
@@ -74,7 +87,7 @@ def test_every_rule(rule, path, bad, good, rewards, number):
     advice = advise(content)
     found = [finding for finding in advice.findings if finding.rule != "plain"]
     assert [finding.rule for finding in found] == [rule]
-    harmless = rule in ("redundant", "noise")  # a plain sum is as good as anything for them
+    harmless = rule in ("noise", "by-noise")  # a plain sum is as good as anything for them
     assert (len(found) < len(advice.findings)) == harmless
     assert (advice.method == "weighted-sum") == (harmless or rule == "constant")
     assert rewards is None or found[0].rewards == rewards
@@ -102,9 +115,38 @@ def test_what_noise_adds_to_the_conflict_of_a_sum_is_said():
     content = quiet()
     raw = content["gradients"]["directions"]["weighted_sum"]
     raw["advantage"] |= {"conflict_rate": 0.4, "conflict_rate_low": 0.2}
-    assert advise(content).findings[0].finding.endswith("it serves b worst, by a cosine of +0.31.")
+    advice = advise(content)
+    assert "taken out, the smallest cosine is +0.31 (+0.10 to +0.50), with b" in advice.findings[0].finding
+    assert ([finding.rule for finding in advice.findings], advice.method) == (["by-noise", "plain"], "weighted-sum")
+    raw["true"]["cosines"]["c"] = None
+    advice = advise(content)
+    assert "truly works against c cannot be known" in advice.findings[0].finding
+    assert ([finding.rule for finding in advice.findings], advice.method) == (["opposed"], "marble")
     raw["true"] = None
-    assert advise(content).findings[0].finding.endswith("most often against a (10%).")
+    assert "truly works against any of them cannot be known" in advise(content).findings[0].finding
+
+
+def test_noise_alone_does_not_argue_against_a_sum():
+    """Five orthogonal gradients in noise, one with thrice the weight: many updates oppose one of the others."""
+    names, batches, wide, generator = list("abcde"), 24, 12, torch.Generator().manual_seed(0)
+    across, grams = AcrossBatches(batches), []
+    for _ in range(batches):
+        own = torch.eye(5, wide) + 0.5 * torch.randn(5, wide, generator=generator)
+        rows = torch.cat([own, torch.tensor([[3.0, 1, 1, 1, 1]]) @ own, torch.zeros(1, wide)])
+        grams.append([gram_of(rows)])
+        across.add(rows)
+    signal = [torch.ones(5, dtype=torch.bool)] * batches
+    scores = np.random.default_rng(0).normal(size=(96, 5)) * [2.5, 1, 1, 1, 1]
+    every, groups = np.ones(scores.shape, dtype=bool), np.arange(96) // 8
+    content = quiet() | {
+        "rewards": names,
+        "scores": describe_scores(names, scores, every, groups, scores, np.ones(5)),
+        "gradients": describe_gradients(names, grams, signal, across),
+    }
+    assert content["gradients"]["directions"]["weighted_sum"]["advantage"]["conflict_rate"] > 0.3
+    advice = advise(content)
+    assert [finding.rule for finding in advice.findings] == ["by-noise", "plain"]
+    assert advice.method == "weighted-sum"
 
 
 def test_gradients_that_are_surely_one():
@@ -117,6 +159,34 @@ def test_gradients_that_are_surely_one():
     found = advise(content).findings[0]
     assert (found.rule, found.rewards, found.number) == ("redundant", ["a", "c"], 0.97)
     assert "+0.97" in found.finding
+
+
+def test_scores_that_are_surely_one():
+    content = quiet()
+    scores = content["scores"]
+    scores["pearson"] = [[1, 0.2, 0.95], [0.2, 1, 0.2], [0.95, 0.2, 1]]
+    scores["pearson_low"] = [[1, 0.2, 0.9], [0.2, 1, 0.2], [0.9, 0.2, 1]]
+    assert [finding.rule for finding in advise(content).findings] == ["plain"]  # it may be less
+    scores["pearson_low"] = [[1, 0.2, 0.93], [0.2, 1, 0.2], [0.93, 0.2, 1]]
+    scores["jointly_prompts"] = [[30, 20, 9], [20, 30, 20], [9, 20, 30]]
+    assert [finding.rule for finding in advise(content).findings] == ["plain"]  # the interval is of too few prompts
+    scores["jointly_prompts"] = [[30, 20, 10], [20, 30, 20], [10, 20, 30]]
+    found = advise(content).findings[0]
+    assert (found.rule, found.rewards, found.number) == ("redundant", ["a", "c"], 0.95)
+    assert "correlate by 0.95" in found.finding
+    assert "nothing has to change for it" in found.advice  # min-norm would starve both if their priorities were halved
+
+
+@pytest.mark.parametrize(("method", "halved"), [("marble", False), ("uniform", True)])
+def test_who_counts_twins_twice(method, halved):
+    """What the advice on redundant rewards rests on, by the solver itself: twins and a third, all orthogonal else."""
+    twins = torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]])
+    solver = "min-norm" if method == "marble" else method
+    plain, half = (solve(solver, twins, torch.tensor([p, p, 1.0])) for p in (1.0, 0.5))
+    right = half if halved else plain
+    assert right[:2].sum() == pytest.approx(right[2].item(), abs=1e-6)
+    wrong = plain if halved else half
+    assert abs(wrong[:2].sum() - wrong[2]) > 0.1
 
 
 def test_a_reward_with_nothing_to_teach():
@@ -147,9 +217,9 @@ def test_the_fragment_is_a_config():
 
 
 CELLS = [
-    Regime(1, 1.0, 0.5, "weighted-sum", "weighted-sum", True),
-    Regime(10, 0.2, 0.0, "gdpo", "uniform", False),
-    Regime(100, 0.05, -0.5, "marble", "closed-loop", True),
+    Regime(1, 1.0, 0.5, {"method": "weighted-sum"}, {"method": "weighted-sum"}, True),
+    Regime(10, 0.2, 0.0, {"method": "gdpo"}, {"method": "uniform"}, False),
+    Regime(100, 0.05, -0.5, {"method": "marble"}, {"method": "marble", "norms": "raw"}, True),
 ]
 
 
@@ -162,6 +232,13 @@ def test_a_measured_case_like_this_one_decides():
     assert advice.method == "uniform"
     assert "gdpo on average; the seeds do not make it certain" in advice.reason
     assert "norms: folded" in advice.fragment
+
+
+def test_what_is_suggested_is_what_was_measured():
+    advice = advise(everything() | {"setup": {"prompts": 12, "group_size": 8, "batches": 24}}, CELLS)
+    assert yaml.safe_load(advice.fragment) == {"balance": {"method": "marble", "norms": "raw"}}
+    assert "marble (norms: raw) gained most for the worst-off reward and marble on average" in advice.reason
+    assert advice.to_json()["suggested"]["method"] == "marble"
 
 
 def test_a_cosine_that_is_hardly_known_does_not_place_a_case():
@@ -187,15 +264,23 @@ def test_the_nearest_cell_counts_in_steps_of_the_map():
 def test_the_map_is_read_if_it_is_there(tmp_path):
     path = tmp_path / "regimes.json"
     assert read_regimes(path) == []
-    cell = '{"mismatch": 10, "specialist_share": 0.2, "conflict": 0, "mean": "gdpo", "worst": "uniform", "sure": false}'
-    path.write_text(f'{{"schema": 1, "about": "x", "cells": [{cell}]}}')
-    assert read_regimes(path) == [CELLS[1]]
+    path.write_text(json.dumps({"schema": 1, "about": "x", "cells": [asdict(cell) for cell in CELLS]}))
+    assert read_regimes(path) == CELLS
+    for key, value, complaint in (
+        ("conflict", None, "cells.0.conflict must be a number, got None"),
+        ("mean", "gdpo", "cells.0.mean must be settings of balance with a method, got 'gdpo'"),
+    ):
+        path.write_text(json.dumps({"schema": 1, "cells": [asdict(CELLS[1]) | {key: value}]}))
+        with pytest.raises(ValueError, match=complaint):
+            read_regimes(path)
     path.write_text('{"schema": 2, "cells": []}')
     with pytest.raises(ValueError, match="schema"):
         read_regimes(path)
 
 
-def test_a_packaged_map_names_methods_that_there_are():
-    from marble.catalogue import METHODS
-
-    assert all({cell.mean, cell.worst} <= set(METHODS) for cell in read_regimes())
+@pytest.mark.skipif(not FILE.is_file(), reason="the map has not been made")
+def test_the_packaged_map_holds_settings_that_there_are():
+    cells = read_regimes()
+    assert cells
+    for balance in [winner for cell in cells for winner in (cell.mean, cell.worst)]:
+        make_config({"prompts": [{"source": "x"}], "rewards": [{"reward": "r"}], "balance": balance})

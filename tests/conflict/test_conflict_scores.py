@@ -83,6 +83,14 @@ def test_pairs_that_nothing_is_known_of():
     assert found["pearson"][0][2] is None  # a constant reward
 
 
+def test_prompts_that_say_how_two_rewards_correlate():
+    shared = described()["jointly_prompts"]
+    assert shared[0][1] == shared[1][0] == 2
+    assert shared[0][2] == 1  # c judges the second prompt alone
+    assert shared[0][3] == 1  # and d tells the first one's images not apart
+    assert described()["pearson_low"][0][2] == described()["pearson_high"][0][2]  # one prompt's bootstrap has no width
+
+
 def test_informative_samples_by_hand():
     advantages = np.zeros((8, 4))
     advantages[0] = [2, 0.9, 0, -0.9]  # for a alone

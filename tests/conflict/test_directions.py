@@ -99,6 +99,49 @@ def test_the_balanced_direction_is_judged_on_what_it_was_not_solved_on():
     assert found["true"]["worst"] == pytest.approx(1 / 3**0.5, abs=0.1)
 
 
+def test_a_direction_that_may_be_nothing_keeps_no_cosine():
+    """Twins that oppose each other and a third of noise: what is left of their sum is not surely longer than 0."""
+    evens = []
+    for seed in range(8):
+        truth = [[1.0, 0, 0], [-1, 0, 0], [0, 0, 0]]
+        found = described(truth, noise=0.3, batches=12, updates=2, seed=seed)["directions"]
+        evens.append(found["standardised_sum"])
+        assert all(row["kept"] is None or -1 <= row["kept"] <= 1 for row in found.values())
+        assert found["weighted_sum"]["kept"] == pytest.approx(-1, abs=0.15)  # 10 a + b is long
+    assert sum(even["kept"] is None for even in evens) >= 7  # surely above 0 by chance at 2.5%
+    assert sum(even["true"] is None for even in evens) >= 7
+
+
+def test_whom_the_sum_surely_works_against():
+    """10 a + b + c: b, at −0.6 to a, is surely opposed; c, orthogonal to both, only by noise."""
+    found = described([[1.0, 0, 0], [-0.6, 0.8, 0], [0, 0, 1]], noise=0.3, batches=24, updates=2)
+    raw = found["directions"]["weighted_sum"]
+    assert raw["true"]["against"] == ["b"]
+    alike = described([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]], noise=0.3, batches=24, updates=2)
+    assert alike["directions"]["weighted_sum"]["advantage"]["conflict_rate"] > 0.1
+    assert alike["directions"]["weighted_sum"]["true"]["against"] == []
+
+
+def test_batches_without_a_signal_count_on_both_sides():
+    """One in two batches shows a reward, always the same: half its gradient is the truth, and needs one more update."""
+    across, grams, signal = AcrossBatches(16), [], []
+    for number in range(16):
+        speaks = number // 8 == 1  # the second batch of every fold
+        own = torch.tensor([[2.0, 0, 0], [0, 3 * speaks, 0]])
+        rows = torch.cat([own, own.sum(dim=0, keepdim=True), torch.zeros(1, 3)])
+        grams.append([gram_of(rows)])
+        signal.append(torch.tensor([True, speaks]))
+        across.add(rows)
+    norm = describe_gradients(["a", "b"], grams, signal, across)["norms"]["b"]
+    # pairs of different batches that both speak: 8 · 7 of 16 · 15, of square 9
+    true = (9 * 56 / 240) ** 0.5
+    assert norm["true"] == pytest.approx(true)
+    assert norm["one_batch"] == pytest.approx(1.5)
+    assert norm["known"]
+    assert norm["shown"] == pytest.approx(true / 1.5)
+    assert norm["batches_needed"] == pytest.approx((4.5 - true**2) / true**2)
+
+
 def test_a_pull_hides_conflict_from_whole_gradients():
     found = described([[1.0, 0, 0], [-1, 0.1, 0], [0, 0, 1]], common=[0.0, 0, 50], updates=1)
     raw = found["directions"]["weighted_sum"]

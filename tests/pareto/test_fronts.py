@@ -40,11 +40,12 @@ def test_a_known_front_in_base_spreads():
 
 def test_prompts_are_paired():
     """A gain that is the same on every prompt is certain, however much prompts differ."""
-    content = content_of(flat(3, 4), flat(2.9, 3.9))
+    base = BASE * 3  # fewer than five prompts would have no interval
+    content = describe(measured([base, flat(3, 4) * 3, flat(2.9, 3.9) * 3]), ["a", "b"])
     first, second = (content["points"][i]["fronts"]["a / b"] for i in (1, 2))
     assert (first["front"], first["share"]) == (True, 1.0)
     assert second == {"front": False, "share": 0.0, "dominated_by": "p1", "told_apart": True}
-    assert content["points"][1]["gain_intervals"]["a"] == [2.0, 2.0]
+    assert content["points"][1]["gain_intervals"]["a"] == pytest.approx([2.0, 2.0])
     low, high = content["points"][1]["intervals"]["a"]
     assert low < 2.5 < high  # the mean alone depends on the prompts
 
@@ -60,6 +61,47 @@ def test_what_is_within_the_noise_is_not_told_apart():
     assert (row["front"], row["dominated_by"], row["told_apart"]) == (False, "p1", False)
     assert 0.3 < row["share"] < 0.95
     assert content["points"][0]["fronts"]["a / b"]["told_apart"]
+
+
+def test_gains_are_of_the_images_that_both_have():
+    """An image that one side has no score of counts in neither: the base's 8 there is no loss."""
+    base, other = [[0.0, 0], [2, 4], [8, 2]], [[1.0, 1], [3, 5], [NAN, 3]]
+    content = describe(measured([base, other]), ["a", "b"])
+    assert content["points"][1]["means"]["a"] == 2.0  # all the same
+    assert content["points"][1]["gains"]["a"] * content["spreads"]["a"] == pytest.approx(1)
+    assert content["sets"]["a / b"]["fronts"]["all"] == ["p1"]
+
+
+def test_told_apart_by_any_that_dominates():
+    """The one ahead in most draws is ahead by noise alone; another is surely better, in one reward."""
+    rng = np.random.default_rng(0)
+    point = rng.normal(size=(40, 2))
+    noise = rng.normal(size=40)
+    noise -= noise.mean()
+    tiny = np.column_stack([noise + 0.3, noise + 0.3])  # two standard errors, in both rewards
+    clear = np.column_stack([np.full(40, 3.0), noise + 0.001])  # even odds in the second reward
+    row = describe(measured([point - 1, point, point + tiny, point + clear]), ["a", "b"])["points"][1]["fronts"][
+        "a / b"
+    ]
+    assert (row["dominated_by"], row["told_apart"]) == ("p3", True)
+
+
+def test_many_that_dominate_by_noise_are_allowed_for():
+    rng = np.random.default_rng(1)
+    point = rng.normal(size=(30, 2))
+    others = []
+    for _ in range(40):  # each ahead by one and a half standard errors, as the best of many by chance
+        noise = rng.normal(size=(30, 2))
+        noise -= noise.mean(axis=0)
+        others.append(point + noise + 2.2 * noise.std(axis=0, ddof=1) / 30**0.5)
+    row = describe(measured([point - 1, point, *others]), ["a", "b"])["points"][1]["fronts"]["a / b"]
+    assert (row["front"], row["told_apart"]) == (False, False)
+
+
+def test_a_handful_of_prompts_tells_nothing_apart():
+    content = content_of(flat(3, 4), flat(2.9, 3.9))
+    assert content["points"][2]["fronts"]["a / b"]["told_apart"] is False
+    assert content["points"][1]["gain_intervals"] == content["points"][1]["intervals"] == {"a": None, "b": None}
 
 
 def test_three_rewards_and_every_pair():

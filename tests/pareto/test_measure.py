@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from marble import MarbleError
 from marble.pareto.measure import Measurer
 from marble.pareto.points import plan_points
 from marble.pareto.runs import read_sources
+from marble.rewards import load_rewards
 
+from ..rewards.running import serving
+from .made import ALL, config_of
 from .running import two_runs
 
 
@@ -95,6 +99,13 @@ def test_of_fewer_prompts_those_in_common_are_taken(runs, tmp_path):
 def test_other_steps_are_made_anew(runs, tmp_path):
     measurer, points = measurer_of(runs[:1], tmp_path, "--evaluation.steps", "3")
     assert [m.taken for m in measurer.measure(points)] == ["", ""]
+
+
+def test_a_served_reward_goes_by_the_name_that_its_server_tells(tmp_path):
+    with serving(*load_rewards(ALL[:1])) as (url, _):
+        config = config_of(ALL[1:], held_out_rewards=[f"{url}/served-aesthetic"])
+        source = SimpleNamespace(config=config)
+        assert Measurer([source], tmp_path).names == ["alignment", "text", "aesthetic"]
 
 
 def test_weights_that_are_gone_are_named_before_anything_is_loaded(runs, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marble.pareto.figure import HEIGHT, LEFT, TOP, WIDTH, Axis, scatter
+from marble.pareto.figure import HEIGHT, LEFT, TOP, WIDTH, Axis, paint, scatter
 from marble.pareto.fronts import describe
 from marble.pareto.page import verdict, write_page
 from marble.pareto.script import SCRIPT
@@ -15,7 +15,7 @@ from marble.pareto.script import SCRIPT
 from .made import measured
 
 EVIL = '<script>alert("x")</script>'
-BASE = np.array([[0.0, 0, 0], [2, 2, 2]])
+BASE = np.array([[0.0, 0, 0], [2, 2, 2]] * 3)
 
 
 def content_of(names=("a", "b", "c"), rewards=("a", "b"), **options):
@@ -127,6 +127,30 @@ def test_the_page_is_escaped_and_self_contained(tmp_path):
     assert len(elements.of("article")) == len(content["points"])
     assert all("hidden" in article for article in elements.of("article"))
     assert len(elements.of("tr")) > len(content["points"])
+
+
+def test_a_run_called_all_has_a_row_beside_all_points(tmp_path):
+    (tmp_path / "points").mkdir()
+    text = write_page(tmp_path, content_of(methods=["", "all", "all methods", "m"]), []).read_text()
+    rows = re.findall(r"<tr><td>([^<]*)</td><td>\d\.\d{3}</td><td>[^<]* … ", text)
+    assert rows == ["all points", "all methods", "all", "all methods", "m"]
+
+
+def test_what_a_screen_reader_is_told(tmp_path):
+    content = content_of()
+    elements = Elements(write_page(tmp_path, content, []).read_text())
+    label = elements.of("circle", **{"data-index": "1"})[0]["aria-label"]
+    assert label == "p1 (method): a 3, b 2, c 1"
+    assert [tag for tag, attrs in elements.found if "aria-live" in attrs] == ["p"]
+
+
+def test_methods_beyond_the_colours_differ():
+    assert len(set(paint([{"method": f"m{i}"} for i in range(40)]).values())) == 41
+
+
+def test_without_intervals_the_axis_reaches_the_points():
+    axis = Axis.of("a", describe(measured([BASE[:2], BASE[:2] + 2], ("a", "b", "c")), ["a", "b"]))
+    assert (axis.low, axis.high) == (pytest.approx(0.9), pytest.approx(3.1))
 
 
 def test_verdicts_in_words():

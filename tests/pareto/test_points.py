@@ -57,6 +57,28 @@ def test_of_several_seeds_those_of_one_are_mixed(tmp_path):
     assert [p.parameters["weights"] for p in found] == [{"a0": 0.5, "b0": 0.5}, {"a1": 0.5, "b1": 0.5}]
 
 
+def test_a_run_called_base_is_not_the_base_model(tmp_path):
+    found = plan_points(sources_of(made_run(tmp_path / "base"), made_run(tmp_path / "b", ["mini-text"])))
+    assert [(p.name, p.kind) for p in found] == [
+        ("base (before training)", "base"),
+        ("base", "method"),
+        ("b", "method"),
+    ]
+
+
+def test_two_points_of_one_name_are_refused(tmp_path):
+    with pytest.raises(MarbleError, match=r'two models would be called "a × 0\.5"'):
+        plan_points(sources_of(made_run(tmp_path / "a"), made_run(tmp_path / "a × 0.5")), scales=[0.5])
+
+
+def test_a_pair_is_mixed_once_and_no_run_with_itself(tmp_path):
+    sources = runs(tmp_path, "a", "all")
+    found = plan_points(sources, pairs=[("all", "a"), ("a", "all")])
+    assert [p.name for p in found if p.kind == "soup"] == ["0.75 all + 0.25 a", "0.5 all + 0.5 a", "0.25 all + 0.75 a"]
+    with pytest.raises(MarbleError, match='--soup: "a" with itself'):
+        plan_points(sources, pairs=[("a", "a")])
+
+
 @pytest.mark.parametrize("names", [("a", "all"), ("all",)])
 def test_soups_without_specialists(tmp_path, names):
     with pytest.raises(MarbleError, match=r"--soups: mixes specialists.*all: aesthetic, text.*--soup RUN RUN"):

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -82,6 +83,25 @@ def test_mistakes_are_found_before_a_model_loads(plan_of, options, said):
 def test_a_model_that_is_not_there(small_config):
     with pytest.raises(MarbleError, match='model "nothing" does not exist'):
         make_plan("nothing", config=small_config)
+
+
+def test_an_unfinished_evaluation_is_no_reference(plan_of, tmp_path):
+    (tmp_path / "setup.json").write_text("{}")
+    with pytest.raises(MarbleError, match=r"--against: the evaluation in .* is unfinished"):
+        plan_of(against=str(tmp_path))
+
+
+def test_a_model_or_a_merged_lora_that_was_written_anew_is_another(untrained, small_config, small_lora, tmp_path):
+    model, merged = (shutil.copytree(source, tmp_path / source.name) for source in (untrained, small_lora))
+    changes = ["--model.merge", f"['{merged}']"]
+    plans = [make_plan(str(model), config=small_config, changes=changes).setup]
+    for folder in (merged, model):
+        os.utime(next(folder.rglob("*.safetensors")), ns=(1, 1))
+        plans.append(make_plan(str(model), config=small_config, changes=changes).setup)
+    assert plans[0]["files"] != plans[1]["files"] != plans[2]["files"]
+    assert plans[0] | {"files": []} == plans[2] | {"files": []}
+    assert plans[0]["marble"]
+    assert make_plan("mini").setup["files"] == []
 
 
 def test_what_is_no_earlier_evaluation(plan_of, tmp_path):

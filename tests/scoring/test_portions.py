@@ -13,6 +13,7 @@ import torch
 from marble import MarbleError, Policy, evaluate
 from marble.rewards import load_rewards
 from marble.scoring import score
+from marble.scoring.folder import Folder
 from marble.seeds import derive
 
 from .other_process import PATIENCE, scored
@@ -167,6 +168,26 @@ def test_a_portion_that_a_reward_does_not_answer_for_is_not_kept(plan_of, tmp_pa
     (tmp_path / "broken").unlink()
     calm = score(plan, out)["rewards"]["calm"]
     assert (calm["prompts"], calm["accuracy"]["value"]) == (7, 1.0)
+
+
+def test_an_answer_without_a_number_is_missing_and_the_evaluation_ends(plan_of, tmp_path, monkeypatch):
+    (tmp_path / "mute_reward.py").write_text(
+        "def mute(images):\n    light = images.float().mean(dim=(1, 2, 3))\n    return light.fill_(float('nan'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = ["--held_out_rewards", "['mute_reward:mute']", "--evaluation.prompts", "4"]
+    found = score(plan_of(changes=changes), tmp_path / "out")["rewards"]["mute"]
+    assert (found["prompts"], found["missing"], found["mean"]) == (0, 8, None)
+
+
+def test_a_folder_begun_and_broken_off_is_gone_on_with(whole, plan_of, small_lora, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(whole / "setup.json", tmp_path / "out")
+    folder = Folder(tmp_path / "out")
+    plan = plan_of(lora=str(small_lora))
+    assert folder.enter(plan.setup) is None
+    folder.begin(json.loads((whole / "setup.json").read_text()))
+    assert (tmp_path / "out" / "parts").is_dir()
 
 
 def test_a_lora_of_another_model_is_refused(plan_of, tmp_path):

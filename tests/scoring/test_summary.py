@@ -15,21 +15,40 @@ def scores(*rows, missing=None):
 
 def test_every_figure_by_hand():
     found = summarise(scores([1, 3], [2, 2]), scores([0, 3], [3, NAN], missing={"a": 1}), {"a": 3})["a"]
-    # Of two prompts, 0.05 of the resamples and more are twice the same one: intervals reach from one to the other.
-    assert found.mean == Estimate(2.0, 2.0, 2.0)  # 2 and 2
-    assert found.reference == Estimate(2.25, 1.5, 3.0)  # 1.5 and 3
-    assert found.difference == Estimate(-0.25, -1.0, 0.5)  # (1 + 0) / 2, and 2 − 3 for the one pair there is
-    assert found.win_rate == Estimate(0.375, 0.0, 0.75)  # won and tied; lost
-    assert found.accuracy == Estimate(0.25, 0.0, 0.5)  # of at least 3: one of two, none of two
-    assert found.reference_accuracy == Estimate(0.75, 0.5, 1.0)
-    assert found.accuracy_difference == Estimate(-0.5, -1.0, 0.0)  # 0 in both pairs of the first, 0 − 1
+    assert found.mean == few(2.0)  # 2 and 2
+    assert found.reference == few(2.25)  # 1.5 and 3
+    assert found.difference == few(-0.25)  # (1 + 0) / 2, and 2 − 3 for the one pair there is
+    assert found.win_rate == few(0.375)  # won and tied; lost
+    assert found.accuracy == few(0.25)  # of at least 3: one of two, none of two
+    assert found.reference_accuracy == few(0.75)
+    assert found.accuracy_difference == few(-0.5)  # 0 in both pairs of the first, 0 − 1
     assert (found.prompts, found.pairs, found.missing) == (2, 2, 0)
+
+
+def few(value):
+    """Of two prompts: no interval."""
+    return Estimate(value, None, None)
+
+
+def test_of_five_prompts_intervals_are_students():
+    found = summarise(scores(*([v, v] for v in (1.0, 2, 3, 4, 5))))["a"].mean
+    # t of 4 degrees of freedom is 2.7764; the standard error is √(2.5 / 5)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (3, 3 - 2.7764 * 0.5**0.5, 3 + 2.7764 * 0.5**0.5), abs=1e-4
+    )
+
+
+def test_a_share_of_all_or_none_is_not_certain():
+    ours, theirs = scores(*[[3, 3]] * 10), scores(*[[1, 1]] * 10)
+    found = summarise(ours, theirs, {"a": 3})["a"]
+    assert found.win_rate == found.accuracy
+    assert (found.win_rate.low, found.win_rate.high) == pytest.approx((0.72247, 1), abs=1e-4)
+    assert (found.reference_accuracy.low, found.reference_accuracy.high) == pytest.approx((0, 0.2775), abs=1e-4)
 
 
 def test_against_itself_all_is_tied():
     found = summarise(scores([1, 3], [2, 5]), scores([1, 3], [2, 5]))["a"]
-    assert found.difference == Estimate(0.0, 0.0, 0.0)
-    assert found.win_rate == Estimate(0.5, 0.5, 0.5)
+    assert (found.difference, found.win_rate) == (few(0.0), few(0.5))
     assert found.accuracy is None
 
 

@@ -28,6 +28,7 @@ from marble.catalogue import FROM_GRADIENTS, SUMS
 from marble.config import Balance, Config, Stage
 from marble.gradients import whole_gram
 from marble.rewards import RewardTable
+from marble.rules import stage_ends
 from marble.seeds import generator
 
 _MIN_NORM = ("marble", "published", "closed-loop", "mgda")
@@ -265,17 +266,13 @@ class Method:
                 part.load_state_dict(state["balancer" if part is self.balancer else "controller"])
 
 
-def _stages(config: Config) -> list[tuple[float, Tensor]]:
+def _stages(config: Config) -> list[tuple[int, Tensor]]:
     """The update before which each stage of `sequential` ends, and which rewards `[K]` it trains on (1 or 0)."""
     names = [term.label for term in config.rewards]
     stages = config.balance.stages or [Stage(rewards=[name]) for name in names]
-    whole, done = sum(stage.share for stage in stages), 0.0
-    found: list[tuple[float, Tensor]] = []
-    for stage in stages:
-        done += stage.share
-        chosen = torch.tensor([float(name in stage.rewards) for name in names], dtype=torch.float64)
-        found.append((round(done / whole * (config.budget.updates or 0)), chosen))
-    return found
+    ends = stage_ends([stage.share for stage in stages], config.budget.updates or 0)
+    chosen = [torch.tensor([float(name in stage.rewards) for name in names], dtype=torch.float64) for stage in stages]
+    return list(zip(ends, chosen, strict=True))
 
 
 def products(mixtures: Tensor, gram: Tensor) -> Tensor:

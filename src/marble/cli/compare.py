@@ -37,7 +37,8 @@ class Compare:
     """
 
     config: tyro.conf.Positional[Path | None] = None
-    """a YAML file; that of the comparison in DIR, or else the demo's, if none is given"""
+    """a YAML file; that of the comparison in DIR, or else the demo's, if none is given, and settings are laid over
+    that"""
     methods: tuple[str, ...] = ()
     """arms (marble list arms), each perhaps with settings: NAME=BASE:setting=value,…; all that are in DIR, or else
     marble, weighted-sum and ppo, if none are given"""
@@ -128,19 +129,20 @@ def _make(args: Compare, settings: list[str]) -> int:
     cells = comparison.add(arms, seeds) if arms else comparison.cells()
     _check_baseline(args, comparison)
     comparison.path.mkdir(parents=True, exist_ok=True)
-    for remark in comparison.remarks():
+    remarks = comparison.remarks()
+    for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     place = choose_place(comparison.config, args.jobs, args.threads)
     with Crew(comparison.path, place) as crew:
         comparison.save()
         with Display(len(cells), place.jobs) as display:
             whole = crew.make(cells, display)
-    content = describe(gather(comparison), comparison.config.model_dump(mode="json"), args.baseline)
+    content = describe(gather(comparison), comparison.config.model_dump(mode="json"), args.baseline, remarks)
     _tell(args, content)
     if not whole:
         print(f"interrupted; the same command goes on, or: marble compare --out {args.out}", file=sys.stderr)
         return _INTERRUPTED
-    return 0 if all(cell.done for cell in cells) else 1
+    return 0 if all(cell.done and not cell.strayed() for cell in cells) else 1
 
 
 def _plan(args: Compare, settings: list[str]) -> tuple[Comparison, list[Any], list[int]]:
@@ -152,8 +154,10 @@ def _plan(args: Compare, settings: list[str]) -> tuple[Comparison, list[Any], li
     known = (args.out / "comparison.yaml").is_file()
     values = None
     if args.config is not None or settings or not known:
-        path = args.config or demo_config_path()
-        values = override(read_config(path), settings)
+        remembered = known and args.config is None
+        path = args.out if remembered else args.config or demo_config_path()
+        given = Comparison.open(args.out, None).values if remembered else read_config(path)
+        values = override(given, settings)
         make_config(values, str(path))
     comparison = Comparison.open(args.out, values)
     seeds = list(args.seeds) or ([0] if args.quick else list(_DEFAULT_SEEDS))

@@ -106,6 +106,8 @@ def show(content: dict[str, Any]) -> None:
         for seed, cell in arm["seeds"].items():
             if cell["status"] != "done":
                 console.print(Text(f"{name} seed {seed}: {cell['status']}. {cell['error'] or ''}", style="red"))
+    for note in content["notes"]:
+        console.print(Text(f"note: {note}"))
     console.print()
     console.print(Text(content["verdict"]))
 

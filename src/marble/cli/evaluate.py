@@ -118,7 +118,7 @@ def _tell(result: dict[str, Any], args: Evaluate) -> int:
     setup, rewards = result["setup"], result["rewards"]
     console.print(_headline(setup), markup=False, highlight=False)
     console.print(_table(rewards, console.width, against=result["reference"] is not None))
-    for line in _notes(rewards):
+    for line in _notes(rewards, setup["revisions"]):
         console.print(line, markup=False, highlight=False)
     console.print(f"\n{args.out / 'evaluation.json'}", markup=False, highlight=False)
     return 0
@@ -131,7 +131,7 @@ def _headline(setup: dict[str, Any]) -> str:
     images = len(setup["seeds"])
     return (
         f"{what}{other}\n{len(setup['prompts'])} held-out prompts, {images} image{'s' * (images > 1)} each, the same "
-        "seeds for all; in brackets 95% intervals, by bootstrap over prompts\n"
+        "seeds for all; in brackets 95% intervals over prompts\n"
     )
 
 
@@ -183,9 +183,14 @@ def _style(difference: dict[str, float | None] | None) -> str | None:
     return "green" if difference["low"] > 0 else "red" if difference["high"] < 0 else None
 
 
-def _notes(rewards: dict[str, dict[str, Any]]) -> list[str]:
+def _notes(rewards: dict[str, dict[str, Any]], revisions: dict[str, str]) -> list[str]:
+    from marble.statistics import FEW_PROMPTS, FEWEST_PROMPTS
+
     few = [name for name, row in rewards.items() if row["mean"] is not None and row["mean"]["low"] is None]
-    lines = [f"too few prompts for an interval of {', '.join(few)}: at least 2, better 20"] if few else []
+    enough = f"at least {FEWEST_PROMPTS}, better {FEW_PROMPTS}"
+    lines = [f"too few prompts for an interval of {', '.join(few)}: {enough}"] if few else []
+    judges = [f"{name} {revision}" for name, revision in revisions.items() if revision]
+    lines += [f"judged by {', '.join(judges)}"] if judges else []
     return lines + [
         f"{name}: no score of {row['missing']} images that it should have judged"
         for name, row in rewards.items()

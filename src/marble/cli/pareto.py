@@ -56,7 +56,8 @@ class Pareto:
     images: int | None = None
     """images a prompt; as in the runs, if not given"""
     anew: bool = False
-    """make and judge all pictures, also those that the runs have evaluated"""
+    """make and judge all pictures, also those that the runs have evaluated or an earlier call has made; broken off, it
+    starts over"""
     json: Annotated[bool, tyro.conf.arg(help="print pareto.json")] = False
 
 

@@ -12,10 +12,13 @@ from marble.catalogue import ARMS, METHODS, SPECIALIST, SPECIALISTS
 from marble.config import Config, make_config
 from marble.errors import MarbleError, nearest
 from marble.overrides import put, read_value
+from marble.rules import knows_floors, knows_priorities
 
 _PPO = "ppo"
 _PPO_HAS_ITS_OWN = ("clip", "kl", "old")
 """Settings of `objective` that mean something else to PPO, whose presets they would stand in the way of."""
+_CELLS_OWN = {"seed": "--seeds", "threads": "--threads"}
+"""Settings that are every cell's, not an arm's, and what sets them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ def _parse(text: str, labels: Sequence[str]) -> Arm:
         if not equals:
             raise MarbleError(f'methods: "{text}": expected setting=value after the colon, got "{part}"')
         setting = setting.replace("-", "_")
+        if setting in _CELLS_OWN:
+            use = _CELLS_OWN[setting]
+            raise MarbleError(f'methods: "{text}": {setting} is not an arm\'s to set, got {value}; use {use}')
         overrides = overrides | {setting: read_value(value, f'methods: "{text}": {setting}')}
     return Arm(name, overrides, specialist)
 
@@ -103,7 +109,7 @@ def configure(values: dict[str, Any], arm: Arm, seed: int) -> Config:
     """The configuration of a cell.
 
     What `values` set for the method or objective that they name is left out for an arm that names another: each starts
-    from its own presets.
+    from its own presets. So are the floors and priorities of the rewards, if the other method knows none.
 
     Args:
         values: mapping of the comparison's configuration, as it was given.
@@ -116,6 +122,7 @@ def configure(values: dict[str, Any], arm: Arm, seed: int) -> Config:
     laid, given = copy.deepcopy(values), make_config(values)
     if arm.overrides.get("balance.method", given.balance.method) != given.balance.method:
         laid["balance"] = {}
+        laid["rewards"] = [_without_wishes(use, arm.overrides["balance.method"]) for use in laid["rewards"]]
     objective = arm.overrides.get("objective.name", given.objective.name)
     if objective != given.objective.name and _PPO in (objective, given.objective.name):
         kept = {name: value for name, value in (laid.get("objective") or {}).items() if name not in _PPO_HAS_ITS_OWN}
@@ -128,21 +135,34 @@ def configure(values: dict[str, Any], arm: Arm, seed: int) -> Config:
     return make_config(laid, f'arm "{arm.name}"')
 
 
-def remark(arm: Arm, config: Config) -> str:
-    """What the user should know of an arm before waiting for it; empty if nothing.
+def _without_wishes(use: Any, method: str) -> Any:
+    """A training reward's mapping, or its name alone, without what the method does not know."""
+    known = {"floor": knows_floors(method), "priority": knows_priorities(method)}
+    return {key: value for key, value in use.items() if known.get(key, True)} if isinstance(use, dict) else use
+
+
+def remarks(given: Config, arm: Arm, config: Config) -> list[str]:
+    """What the user should know of an arm before waiting for it.
 
     Args:
+        given: the comparison's configuration.
         arm: an arm.
         config: of one of its cells.
     """
+    found, method = [], config.balance.method
+    if arm.specialist is None and method != given.balance.method:
+        floors = any(term.floor for term in given.rewards) and not knows_floors(method)
+        priorities = any(term.priority != 1 for term in given.rewards) and not knows_priorities(method)
+        wishes = " and ".join(["floors"] * floors + ["priorities"] * priorities)
+        found += [f'arm "{arm.name}": {method} knows no {wishes}; the rewards\' are left out'] if wishes else []
     rollout, optimizer = config.rollout, config.optimizer
     visits = rollout.prompts * rollout.group_size * config.objective.timesteps // optimizer.updates_per_epoch
-    if config.balance.solve_share == 1 or visits > optimizer.micro_batch:
-        return ""
-    return (
-        f'arm "{arm.name}": an update\'s {visits} visits are one micro-batch, so that a solve looks at all of them; '
-        f"give it a smaller one: optimizer.micro_batch={max(1, visits // 8)}"
-    )
+    if config.balance.solve_share < 1 and visits <= optimizer.micro_batch:
+        found.append(
+            f'arm "{arm.name}": an update\'s {visits} visits are one micro-batch, so that a solve looks at all of '
+            f"them; give it a smaller one: optimizer.micro_batch={max(1, visits // 8)}"
+        )
+    return found
 
 
 def _specialise(values: dict[str, Any], label: str) -> None:

@@ -23,8 +23,10 @@ from types import FrameType
 from typing import Any
 
 from marble.compare.folder import Cell
+from marble.compare.sameness import incidental_of
 from marble.config import Config, dump_config
 from marble.errors import MarbleError
+from marble.run import Run
 from marble.storage import write_atomic
 
 _USER_ERROR = 2
@@ -87,12 +89,17 @@ def last_metrics(folder: Path) -> dict[str, Any]:
 
 
 def choose_place(config: Config, jobs: int | None, threads: int | None) -> Place:
-    """One cell a GPU where the model goes to a GPU, or else as many single-threaded cells as there are cores."""
+    """One cell a GPU where the model goes to a GPU, or else as many single-threaded cells as there are cores.
+
+    A GPU that the configuration names by its number is the only one.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     devices = _gpus() if config.model.device in ("auto", "cuda") else []
     if devices:
         jobs = jobs or len(devices)
         return Place(jobs, threads or max(1, cores // jobs), devices)
+    if config.model.device.startswith("cuda:"):
+        return Place(jobs or 1, threads or max(1, cores // (jobs or 1)), [])
     threads = threads or 1
     return Place(jobs or max(1, cores // threads), threads, [])
 
@@ -144,8 +151,8 @@ class Crew:
                 os.kill(work.process.pid, signal.SIGINT)
 
     def make(self, cells: Sequence[Cell], watch: Watcher) -> bool:
-        """Make those of `cells` that are not done; whether none was interrupted."""
-        waiting = [cell for cell in cells if not cell.done]
+        """Make those of `cells` that are not done and may go on; whether none was interrupted."""
+        waiting = [cell for cell in cells if not cell.done and not cell.strayed()]
         while self.working or (waiting and not self.asked):
             while waiting and not self.asked and len(self.working) < self.place.jobs:
                 self.working.append(self._start(waiting.pop(0)))
@@ -159,7 +166,7 @@ class Crew:
             shutil.rmtree(folder)
         command = [sys.executable, "-m", "marble", "train"]
         if folder.exists():
-            command += ["--resume", str(folder)]
+            command += ["--resume", str(folder), *_changes(cell, self.place.threads)]
         else:
             config = cell.config.model_copy(update={"threads": self.place.threads})
             write_atomic(cell.beside(".yaml"), dump_config(config))
@@ -199,11 +206,22 @@ class Crew:
             record = {
                 "seconds": before.get("seconds", 0.0) + time.monotonic() - work.began,
                 "memory": max(peak, before.get("memory", 0)),
+                "jobs": sorted({*before.get("jobs", []), self.place.jobs}),
+                "threads": sorted({*before.get("threads", []), self.place.threads}),
                 "error": None if work.cell.done or self.asked else _error(work, code),
             }
             write_atomic(work.cell.beside(".json"), json.dumps(record))
             ended.append(work.cell)
         return ended
+
+
+def _changes(cell: Cell, threads: int) -> list[str]:
+    """Arguments of `marble train --resume` for what a broken cell's run is to go on with otherwise."""
+    known = incidental_of(Run(cell.folder).config)
+    wanted = incidental_of(cell.config) | {"threads": threads}
+    wanted.pop("diagnose_every")  # a run keeps that
+    pairs = [(f"--{name}", json.dumps(value)) for name, value in wanted.items() if known.get(name) != value]
+    return [part for pair in pairs for part in pair]
 
 
 def _error(work: Work, code: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from marble.compare.overrides import public_overrides
 from marble.compare.results import Result, Results
 from marble.compare.table import choose_baseline, composites, summarise
 from marble.compare.verdict import verdict
@@ -21,26 +22,34 @@ from marble.storage import write_atomic
 FILE = "comparison.json"
 
 
-def describe(results: Results, config: Mapping[str, Any], baseline: str | None = None) -> dict[str, Any]:
+def describe(
+    results: Results, config: Mapping[str, Any], baseline: str | None = None, remarks: Sequence[str] = ()
+) -> dict[str, Any]:
     """A comparison as plain data; docs/guide.md says what every key means.
 
     Args:
         results: of its cells.
         config: the mapping that all arms have in common.
-        baseline: arm over which relative gains are taken; scalarised PPO or else the weighted sum, if not given.
+        baseline: arm over which relative gains are taken; scalarised PPO or else the weighted sum, if not given or
+            not finished.
+        remarks: what else the reader should know.
 
     Raises:
-        MarbleError: the baseline has no finished run.
+        MarbleError: the baseline is not an arm.
     """
-    chosen = choose_baseline(results, baseline)
+    if baseline is not None and baseline not in results.cells:
+        raise MarbleError(f'baseline: "{baseline}" is not an arm; those are: {", ".join(results.cells)}')
+    chosen, notes = choose_baseline(results, baseline), [*remarks]
     if baseline is not None and chosen is None:
-        raise MarbleError(f'baseline: "{baseline}" has no finished run; those that have: {_finished(results)}')
+        chosen = choose_baseline(results)
+        instead = f"are over {chosen}" if chosen else "are left out"
+        notes.append(f'baseline: "{baseline}" has no finished run; relative gains {instead}')
     table, first = summarise(results, chosen), results.first
     arms = {}
     for name, seeds in results.cells.items():
         told = {str(seed): cell | _cell(results, results.done[name].get(seed)) for seed, cell in sorted(seeds.items())}
         arms[name] = {
-            "overrides": results.overrides[name],
+            "overrides": public_overrides(results.overrides[name]),
             "seeds": told,
             "summary": table.get(name),
             "curves": curves(results, name),
@@ -54,13 +63,10 @@ def describe(results: Results, config: Mapping[str, Any], baseline: str | None =
         "base_composite_z": composites(results).get(None),
         "arms": arms,
         "baseline": chosen,
+        "notes": notes,
         "verdict": verdict(results, table, chosen),
     }
     return _plain(content)
-
-
-def _finished(results: Results) -> str:
-    return ", ".join(name for name, seeds in results.done.items() if seeds) or "none"
 
 
 def _cell(results: Results, result: Result | None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -11,16 +13,19 @@ from typing import Any
 
 import yaml
 
-from marble.compare.arms import Arm, configure, remark
-from marble.compare.sameness import budget_of, different, refuse, settings_of
+from marble.compare.arms import Arm, configure, remarks
+from marble.compare.sameness import budget_of, different, incidental_of, refuse, settings_of, tell
 from marble.config import Config, make_config, read_config
 from marble.errors import MarbleError
+from marble.overrides import put
 from marble.rewards import load_rewards
-from marble.run import check_output
+from marble.run import Run, check_output
 from marble.setup import check_config
 from marble.storage import write_atomic
 
 FILE = "comparison.yaml"
+_SLUG_BYTES = 80
+"""Longest part of a cell's folder name that is its arm's."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,10 @@ class Cell:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What is known of its processes: `seconds`, `memory` in bytes, `error`; empty before the first has ended."""
+        """What is known of its processes, empty before the first has ended.
+
+        `seconds`, `memory` in bytes, `error`, and all numbers of `jobs` and `threads` that it was made with.
+        """
         path = self.beside(".json")
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -47,6 +55,17 @@ class Cell:
         """Whether the run has its final evaluation."""
         path = self.folder / "evaluation.json"
         return path.exists() and "after" in json.loads(path.read_text(encoding="utf-8"))
+
+    def strayed(self) -> str:
+        """How the run in the folder differs from what the cell stands for, incidental settings aside; empty if not."""
+        if not (self.folder / "config.yaml").is_file():
+            return ""
+        try:
+            found = different(settings_of(Run(self.folder).config), settings_of(self.config))
+        except MarbleError as error:
+            return f"its run cannot be told from another: {' '.join(str(error).split())}"
+        lines = "; ".join(line.strip() for line in tell(found, "its run", "the comparison"))
+        return f"its run has another configuration, by hand or by defaults that have changed: {lines}" if found else ""
 
 
 @dataclass
@@ -78,7 +97,8 @@ class Comparison:
 
         Args:
             path: the folder.
-            values: mapping of a configuration; None for the one that is there.
+            values: mapping of a configuration; None for the one that is there. Its settings of where and how fast to
+                run are taken over, where they are given.
 
         Raises:
             MarbleError: the folder holds something else, or a comparison under another configuration (named).
@@ -88,6 +108,8 @@ class Comparison:
             if values is not None:
                 found = different(settings_of(make_config(values)), settings_of(known.config))
                 refuse(found, "this call", str(path), "out: the folder compares under another configuration")
+                for setting, value in incidental_of(make_config(values), given=True).items():
+                    put(known.values, setting, copy.deepcopy(value), str(path))
             return known
         if path.is_dir() and any(path.iterdir()):
             raise MarbleError(f'out: "{path}" holds something else than a comparison: it has no {FILE}')
@@ -159,7 +181,7 @@ class Comparison:
     def remarks(self) -> list[str]:
         """What the user should know of the arms before waiting for them."""
         cells = [self.cell(name, self.seeds[name][0]) for name in self.arms]
-        return [text for cell in cells if (text := remark(cell.arm, cell.config))]
+        return [text for cell in cells for text in remarks(self.config, cell.arm, cell.config)]
 
     def save(self) -> None:
         """Write `comparison.yaml`."""
@@ -173,5 +195,9 @@ class Comparison:
 
 
 def _slug(name: str) -> str:
-    """An arm's name as part of a file's."""
-    return re.sub(r"[^\w.+-]+", ".", name)
+    """An arm's name as part of a file's; of a long one the beginning and a hash."""
+    slug = re.sub(r"[^\w.+-]+", ".", name)
+    if len(slug.encode()) <= _SLUG_BYTES:
+        return slug
+    begin = slug.encode()[:_SLUG_BYTES].decode(errors="ignore")
+    return f"{begin}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

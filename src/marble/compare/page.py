@@ -46,7 +46,8 @@ def _headline(content: Mapping[str, Any]) -> str:
         f"{'updates' if config['budget']['updates'] else 'minutes'} each"
     )
     verdict = "".join(f'<p class="lead">{escape(line)}</p>' for line in content["verdict"].splitlines())
-    return f'<header><h1>Comparison</h1><p class="note">{escape(note)}</p>{verdict}</header>'
+    notes = "".join(f'<p class="note">{escape(line)}</p>' for line in content.get("notes", []))
+    return f'<header><h1>Comparison</h1><p class="note">{escape(note)}</p>{verdict}{notes}</header>'
 
 
 def _standings(content: Mapping[str, Any]) -> str:

@@ -27,12 +27,14 @@ class Result:
     spread: np.ndarray  # [K]
     means: np.ndarray  # [K] mean scores after training; NaN where there are none
     prompt_gains: np.ndarray  # [P, K], NaN where a reward does not judge a prompt
+    prompt_scores: np.ndarray  # [P, K] after training, NaN likewise
     seconds: float | None  # of training, evaluations on the way included
     memory: int | None  # bytes at the peak: tensors on a GPU, or the whole process on the CPU
     images: int
     updates: int
     cosines: list[float] = field(default_factory=list)  # of the applied direction with the worst-served reward
     curve: list[tuple[int, dict[str, float | None]]] = field(default_factory=list)  # (update, held-out means)
+    place: tuple[Any, ...] = ()  # device, threads and jobs, where they are known: seconds compare only if these agree
 
     @property
     def gains(self) -> np.ndarray:
@@ -69,15 +71,15 @@ def mean_over(rows: np.ndarray) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def read_result(folder: Path, rewards: Sequence[str], peak: int | None = None) -> Result:
+def read_result(folder: Path, rewards: Sequence[str], record: Mapping[str, Any] | None = None) -> Result:
     """Read a finished run.
 
     Args:
         folder: of the run.
         rewards: K names, in the order wanted.
-        peak: bytes that its process took, for runs on the CPU.
+        record: what is known of its processes: `memory` in bytes, for runs on the CPU, `jobs` and `threads`.
     """
-    run = Run(folder)
+    run, record = Run(folder), record or {}
     evaluation, rows = run.evaluation(), run.metrics()
     before, after = (_scores(evaluation[part], rewards) for part in ("before", "after"))
     lost = np.isnan(before) | np.isnan(after)  # images count in pairs
@@ -92,13 +94,22 @@ def read_result(folder: Path, rewards: Sequence[str], peak: int | None = None) -
         spread=spread,
         means=_means(evaluation["after"], rewards),
         prompt_gains=(second - first) / np.where(spread > 0, spread, 1.0),
+        prompt_scores=second,
         seconds=last.get("time", {}).get("elapsed"),
-        memory=max(memory) if memory else peak,
+        memory=max(memory) if memory else record.get("memory"),
         images=last.get("images", 0),
         updates=last.get("update", 0),
         cosines=[row["cosine_advantage/applied"] for row in updates if "cosine_advantage/applied" in row],
         curve=[(row["update"], row["held_out"]) for row in rows if "held_out" in row],
+        place=_place(folder, record, on_gpu=bool(memory)),
     )
+
+
+def _place(folder: Path, record: Mapping[str, Any], *, on_gpu: bool) -> tuple[Any, ...]:
+    path = folder / "environment.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    threads = record.get("threads") or [found.get("threads")]
+    return found.get("device") if on_gpu else "cpu", found.get("processes"), *threads, "jobs", *record.get("jobs", [])
 
 
 def _scores(content: Mapping[str, Any], rewards: Sequence[str]) -> np.ndarray:
@@ -122,17 +133,18 @@ def gather(comparison: Comparison) -> Results:
     cells: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in comparison.arms}
     rewards, first = [*comparison.training, *comparison.held_out], None
     for cell in comparison.cells():
-        status = _status(cell)
+        strayed = cell.strayed()
+        status = "failed" if strayed else _status(cell)
         cells[cell.arm.name][cell.seed] = {
             "status": status,
             "folder": cell.folder.relative_to(comparison.path).as_posix(),
-            "error": cell.record.get("error") if status == "failed" else None,
+            "error": strayed or cell.record.get("error") if status == "failed" else None,
         }
         if status == "done":
             found = json.loads((cell.folder / "evaluation.json").read_text(encoding="utf-8"))
             first = first or (cell.folder, measured(found))
             check_measured(first, (cell.folder, measured(found)))
-            done[cell.arm.name][cell.seed] = read_result(cell.folder, rewards, cell.record.get("memory"))
+            done[cell.arm.name][cell.seed] = read_result(cell.folder, rewards, cell.record)
     overrides = {name: arm.overrides for name, arm in comparison.arms.items()}
     return Results(comparison.training, comparison.held_out, done, cells, overrides)
 

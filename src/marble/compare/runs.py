@@ -27,7 +27,7 @@ def side_by_side(paths: Sequence[Path]) -> tuple[Results, dict[str, Any]]:
 
     Raises:
         MarbleError: a folder is no finished run, two have the same arm and seed, or budgets, prompts, evaluation or
-            rewards differ (named).
+            rewards differ (named), or one trains on several rewards that are not all.
     """
     if len(paths) < 2:
         raise MarbleError(f"runs: at least two run folders, got {len(paths)}")
@@ -41,6 +41,7 @@ def side_by_side(paths: Sequence[Path]) -> tuple[Results, dict[str, Any]]:
     names = _names(configs, settings)
     most = max(evaluations, key=lambda evaluation: len(evaluation["training_rewards"]))
     training, held_out = most["training_rewards"], most["held_out_rewards"]
+    _check_training(paths, evaluations, training)
     done: dict[str, dict[int, Result]] = {}
     cells: dict[str, dict[int, dict[str, Any]]] = {}
     for path, config, name in zip(paths, configs, names, strict=True):
@@ -54,6 +55,17 @@ def side_by_side(paths: Sequence[Path]) -> tuple[Results, dict[str, Any]]:
         for name, flat in zip(names, settings, strict=True)
     }
     return Results(training, held_out, done, cells, own), configs[0].model_dump(mode="json")
+
+
+def _check_training(paths: Sequence[Path], evaluations: Sequence[dict[str, Any]], whole: Sequence[str]) -> None:
+    """Gains are told over one set of training rewards: every run has that, or is a specialist."""
+    for path, evaluation in zip(paths, evaluations, strict=True):
+        own = evaluation["training_rewards"]
+        if {*own} != {*whole} and (len(own) > 1 or not {*own} <= {*whole}):
+            raise MarbleError(
+                f"runs: each trains on {', '.join(whole)} or on one of them, got {', '.join(own)} in {path}; compare "
+                "runs of the same training rewards"
+            )
 
 
 def _finished(path: Path) -> Run:

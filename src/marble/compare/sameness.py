@@ -37,6 +37,18 @@ def settings_of(config: Config) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if not _INCIDENTAL.fullmatch(name)}
 
 
+def incidental_of(config: Config, *, given: bool = False) -> dict[str, Any]:
+    """Dotted setting → value, of all that say where and how fast a run is made; of the seed nothing.
+
+    Args:
+        config: of a run or a comparison.
+        given: only what was set, defaults left out.
+    """
+    flat: dict[str, Any] = {}
+    _flatten(config.model_dump(mode="json", exclude_unset=given), "", flat)
+    return {name: value for name, value in flat.items() if name != "seed" and _INCIDENTAL.fullmatch(name)}
+
+
 def _flatten(node: Any, name: str, flat: dict[str, Any]) -> None:
     if isinstance(node, dict) and node:
         for key, value in node.items():
@@ -88,12 +100,16 @@ def refuse(found: list[Difference], ours: str, theirs: str, why: str) -> None:
     Raises:
         MarbleError: names them: what it is in `ours` and in `theirs`, after `why` they matter.
     """
-    if not found:
-        return
+    if found:
+        raise MarbleError(f"{why}:\n" + "\n".join(tell(found, ours, theirs)))
+
+
+def tell(found: list[Difference], ours: str, theirs: str) -> list[str]:
+    """A line for each difference, and one for how many more there are."""
     lines = [f"  {name}: {_short(one)} in {ours}, {_short(other)} in {theirs}" for name, one, other in found[:_SHOWN]]
     if len(found) > _SHOWN:
         lines.append(f"  and {len(found) - _SHOWN} more")
-    raise MarbleError(f"{why}:\n" + "\n".join(lines))
+    return lines
 
 
 def _short(value: Any) -> str:

@@ -33,12 +33,16 @@ def over_prompts(gains: np.ndarray, columns: Sequence[int], *, worst: bool = Fal
     Returns:
         `[resamples]`, NaN where some reward judged none of the prompts drawn; all NaN if one judges fewer than two.
     """
-    if ((~np.isnan(gains[:, list(columns)])).sum(axis=0) < 2).any():
-        return np.full(RESAMPLES, np.nan)
-    rng = np.random.default_rng(seed)
-    drawn = gains[:, list(columns)][rng.integers(len(gains), size=(RESAMPLES, len(gains)))]
-    means = mean_over(drawn)
+    means = resampled(gains[:, list(columns)], seed)
     return means.min(axis=1) if worst else means.mean(axis=1)
+
+
+def resampled(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """`[resamples, K]` means of `[P, K]` over resampled prompts, NaN left out; all NaN if one has fewer than two."""
+    if ((~np.isnan(values)).sum(axis=0) < 2).any():
+        return np.full((RESAMPLES, values.shape[1]), np.nan)
+    rng = np.random.default_rng(seed)
+    return mean_over(values[rng.integers(len(values), size=(RESAMPLES, len(values)))])
 
 
 def prompt_interval(drawn: np.ndarray) -> tuple[float, float] | tuple[None, None]:
@@ -58,10 +62,11 @@ def summarise(results: Results, baseline: str | None) -> dict[str, dict[str, Any
         baseline: arm over whose means relative gains are taken.
     """
     arms = {name: list(seeds.values()) for name, seeds in results.done.items() if seeds}
-    scores = composites(results)
+    scores, by_seed = composites(results), composites_by_seed(results)
     return {
         name: _row(results, runs)
-        | {"composite_z": scores[name], "relative": relative(results, name, baseline) if baseline else None}
+        | {"composite_z": scores[name], "composite_z_seeds": estimate([*by_seed.get(name, {}).values()])}
+        | {"relative": relative(results, name, baseline) if baseline else None}
         for name, runs in arms.items()
     }
 
@@ -69,14 +74,33 @@ def summarise(results: Results, baseline: str | None) -> dict[str, dict[str, Any
 def composites(results: Results) -> dict[str | None, float]:
     """Composite z of every arm with a finished run, and of the base model (None), over all rewards.
 
-    It depends on who is in the table; the base model is.
+    It depends on who is in the table; the base model is. The mean of `composites_by_seed` where there are any, or else
+    of the arms' means.
     """
-    first = results.first
+    first, by_seed = results.first, composites_by_seed(results)
     if first is None:
         return {}
+    if by_seed:
+        return {name: float(np.mean([*scores.values()])) for name, scores in by_seed.items()}
     names = [None, *(name for name, seeds in results.done.items() if seeds)]
     rows = [first.base, *(_mean_scores(list(seeds.values())) for seeds in results.done.values() if seeds)]
     return dict(zip(names, composite_z(np.stack(rows)).tolist(), strict=True))
+
+
+def composites_by_seed(results: Results) -> dict[str | None, dict[int, float]]:
+    """Arm (None: the base model) → seed → composite z among the runs of that seed.
+
+    Of the seeds that all arms with a finished run have, if there are at least two; else empty.
+    """
+    arms = {name: seeds for name, seeds in results.done.items() if seeds}
+    common = sorted(set.intersection(*({*seeds} for seeds in arms.values()))) if arms else []
+    found: dict[str | None, dict[int, float]] = {name: {} for name in (None, *arms)}
+    for seed in common:
+        rows = [runs[seed].means for runs in arms.values()]
+        scores = composite_z(np.stack([next(iter(arms.values()))[seed].base, *rows]))
+        for name, score in zip(found, scores.tolist(), strict=True):
+            found[name][seed] = score
+    return found if len(common) > 1 else {}
 
 
 def _mean_scores(runs: Sequence[Result]) -> np.ndarray:
@@ -108,8 +132,8 @@ def _row(results: Results, runs: Sequence[Result]) -> dict[str, Any]:
         "below_base": [name for name, gain in every.items() if below(gain)],
         "seconds": float(np.mean(known)) if known else None,
         "memory": max(memory) if memory else None,
-        "images": runs[0].images,
-        "updates": runs[0].updates,
+        "images": float(np.mean([run.images for run in runs])),
+        "updates": float(np.mean([run.updates for run in runs])),
         "cosine": {
             "mean": float(np.mean(cosines)) if cosines else None,
             "negative": float(np.mean(np.array(cosines) < 0)) if cosines else None,
@@ -140,7 +164,8 @@ def worst_reward(results: Results, runs: Sequence[Result]) -> str | None:
 def relative(results: Results, name: str, baseline: str) -> Estimate:
     """Mean over training rewards of an arm's score over the baseline's, minus 1: seed by seed where both have them.
 
-    Nothing where one of the baseline's means is 0 or missing.
+    Nothing where one of the baseline's means is 0 or missing. `seeds` says how many pairs went in; of a single one
+    `prompts` is the interval over prompts, resampled alike for both.
     """
     trained = len(results.training)
     ours, theirs = results.done[name], results.done.get(baseline, {})
@@ -152,7 +177,12 @@ def relative(results: Results, name: str, baseline: str) -> Estimate:
     else:
         pairs = []
     found = [relative_gain(a, b) for a, b in pairs if not ((b == 0) | np.isnan(a) | np.isnan(b)).any()]
-    return estimate(found)
+    told = estimate(found) | {"seeds": len(found)}
+    if len(found) == len(common) == 1:
+        drawn = [resampled(arm[common[0]].prompt_scores[:, :trained]) for arm in (ours, theirs)]
+        over = np.where(drawn[1] == 0, np.nan, drawn[1])
+        told["prompts"] = list(prompt_interval(((drawn[0] - over) / np.abs(over)).mean(axis=1)))
+    return told
 
 
 def choose_baseline(results: Results, wanted: str | None = None) -> str | None:

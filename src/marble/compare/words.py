@@ -7,8 +7,10 @@ from typing import Any
 
 NOTE = (
     "Gains are in spreads: standard deviations of the base model's scores. ±: 95% interval over seeds; [ ]: of a "
-    "single seed, 95% over prompts, which says nothing of what another seed would bring. The composite z is the mean "
-    "over all rewards of each mean's z-score among the rows; it depends on who is in the table. Worst gain: the "
+    "single seed, 95% over prompts, which says nothing of what another seed would bring. All seeds are judged on the "
+    "same prompts: intervals over seeds hold on these prompts. The composite z is the mean over all rewards of each "
+    "mean's z-score among the rows, seed by seed where all arms share two; it depends on who is in the table. Worst "
+    "gain: the "
     "smallest over the training rewards, seed by seed. Hypervolume: product of the training rewards' gains, 0 if one "
     "is below the base model."
 )
@@ -58,7 +60,7 @@ def standings(content: Mapping[str, Any]) -> list[list[str]]:
                 str(row["seeds"]),
                 told(row["mean_gain"]),
                 told(row["worst_gain"]) + worst,
-                number(row["composite_z"]),
+                told(row["composite_z_seeds"] | {"mean": row["composite_z"]}),
                 relative if relative == "–" else f"{relative} %",
                 told(row["hypervolume"], 3, sign=False),
                 f"{len(row['below_base'])}" + (f" ({', '.join(row['below_base'])})" if row["below_base"] else ""),
@@ -68,7 +70,7 @@ def standings(content: Mapping[str, Any]) -> list[list[str]]:
 
 
 def costs(content: Mapping[str, Any]) -> list[list[str]]:
-    """Arms by what they took; the first row is the headings."""
+    """Arms by what they took, images and updates from the fewest to the most; the first row is the headings."""
     rows = [["arm", "minutes", "memory", "images", "updates", "worst cosine", "negative in"]]
     for name, row in ranked(content):
         cosine, negative = row["cosine"]["mean"], row["cosine"]["negative"]
@@ -77,13 +79,19 @@ def costs(content: Mapping[str, Any]) -> list[list[str]]:
                 name,
                 "–" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
                 "–" if row["memory"] is None else f"{row['memory'] / 2**30:.2f} GiB",
-                str(row["images"]),
-                str(row["updates"]),
+                _range(content, name, "images"),
+                _range(content, name, "updates"),
                 number(cosine),
                 "–" if negative is None else f"{100 * negative:.0f}%",
             ]
         )
     return rows
+
+
+def _range(content: Mapping[str, Any], name: str, key: str) -> str:
+    """`180`, or `90 to 180` where an arm's cells differ."""
+    made = [cell[key] for cell in content["arms"][name]["seeds"].values() if key in cell]
+    return str(made[0]) if min(made) == max(made) else f"{min(made)} to {max(made)}"
 
 
 def scores(content: Mapping[str, Any]) -> list[list[str]]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import yaml
+
 from marble.catalogue import FROM_GRADIENTS
 from marble.conflict.regimes import Regime, axes_of, nearest_regime
 
@@ -21,11 +23,14 @@ SPECIALIST = 0.5
 CONSTANT = 0.5
 """A reward that finds all images alike in a larger share of its prompts has little to teach."""
 REDUNDANT = 0.9
-"""Two rewards whose scores correlate by more within prompts, or whose gradients surely do, are one."""
+"""Two rewards whose scores within prompts, or whose gradients, surely correlate by more are one."""
+SHARED = 10
+"""Fewer prompts whose images both tell apart say nothing sure of how two rewards' scores correlate."""
 SHOWN = 0.2
 """One update that shows less of a reward's gradient than this share is mostly noise for it."""
 OPPOSED = 0.1
 """A direction that opposes some reward in more updates than this is worth saying so."""
+MARBLE: Mapping[str, Any] = {"method": "marble"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,14 @@ class Advice:
     """All findings, and settings that follow from them."""
 
     findings: list[Finding]
-    method: str
+    balance: Mapping[str, Any]
     reason: str
     fragment: str  # YAML to lay into a config
+
+    @property
+    def method(self) -> str:
+        """Of `balance`."""
+        return str(self.balance["method"])
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -64,10 +74,10 @@ def advise(content: Mapping[str, Any], regimes: Sequence[Regime] = ()) -> Advice
     findings = [finding for rule in RULES for finding in rule(content)]
     fired = {finding.rule for finding in findings}
     regime = nearest_regime(regimes, **axes_of(content))
-    method, reason = _method(fired, regime)
+    balance, reason = _balance(fired, regime)
     if not fired & {"conflict", "spreads", "specialist", "opposed", "constant", "unseen"}:
         findings.append(_plain(content))
-    return Advice(findings, method, reason, _fragment(content, findings, method))
+    return Advice(findings, balance, reason, _fragment(content, findings, balance))
 
 
 def pairs(names: Sequence[str], table: Sequence[Sequence[Any]]) -> list[tuple[str, str, Any]]:
@@ -114,28 +124,33 @@ def _specialist(content: Mapping[str, Any]) -> list[Finding]:
     prompts = min(few.values()) * content["setup"]["prompts"]
     found = f"Specialists: {_shares(few)} of the prompts can be judged, for the rarest about {prompts:.3g} a batch."
     todo = (
-        "A specialist's gradient is an average over few images and short: keep balance.norms: folded, and give its "
-        "prompts a larger share (prompts.N.share) or the batch more of them (rollout.prompts)."
+        "A specialist's gradient is an average over few images: short, which balance.norms: folded makes up for, and "
+        "noisy: give its prompts a larger share (prompts.N.share) or the batch more of them (rollout.prompts)."
     )
     return [Finding("specialist", list(few), min(few.values()), found, todo)]
 
 
 def _redundant(content: Mapping[str, Any]) -> list[Finding]:
-    names, cosines, out = content["rewards"], content["gradients"]["cosines_true"], []
-    alike = {(a, b): value for a, b, value in pairs(names, content["scores"]["pearson"])}
-    surely = {(a, b): value for a, b, value in pairs(names, cosines["low"])}
+    names, scores, cosines = content["rewards"], content["scores"], content["gradients"]["cosines_true"]
+    tables = scores["pearson"], scores["pearson_low"], scores["jointly_prompts"], cosines["estimate"], cosines["low"]
+    pearson, pearson_low, shared, cosine, cosine_low = ({(a, b): v for a, b, v in pairs(names, t)} for t in tables)
+    todo = (
+        "A min-norm method (marble) counts the two once, so nothing has to change for it; the second only costs the "
+        "time to score it, and could be held out. Methods that add rewards up count them twice: halve both weights "
+        "(rewards.N.weight) for sums, both priorities (rewards.N.priority) for uniform and gdpo."
+    )
+    out = []
     for a, b in itertools.combinations(names, 2):
-        if alike.get((a, b), 0.0) > REDUNDANT:
-            number = alike[a, b]
+        if shared[a, b] >= SHARED and pearson_low.get((a, b), 0.0) > REDUNDANT:
+            number = pearson[a, b]
             found = f"{a} and {b} correlate by {number:.2f} within prompts."
-        elif surely.get((a, b), 0.0) > REDUNDANT:
-            number = next(value for x, y, value in pairs(names, cosines["estimate"]) if (x, y) == (a, b))
+        elif cosine_low.get((a, b), 0.0) > REDUNDANT:
+            number = cosine[a, b]
             found = (
                 f"{a} and {b} ask the same of this model: their gradients' cosine is {number:+.2f}, noise taken out."
             )
         else:
             continue
-        todo = "Keep one as a training reward (the other held out), or halve the priority of both."
         out.append(Finding("redundant", [a, b], number, found, todo))
     return out
 
@@ -155,19 +170,33 @@ def _conflict(content: Mapping[str, Any]) -> list[Finding]:
 
 
 def _opposed(content: Mapping[str, Any]) -> list[Finding]:
-    seen = content["gradients"]["directions"]["weighted_sum"]["advantage"]
+    """What the raw sum surely works against; or, if single updates show conflict, whether more than noise is known."""
+    seen, true = (content["gradients"]["directions"]["weighted_sum"][key] for key in ("advantage", "true"))
+    if true is not None and true["against"]:
+        cosines = {name: true["cosines"][name] for name in true["against"]}
+        found = f"The raw weighted sum truly works against {_signed(cosines)} (cosines, noise taken out)."
+        todo = "Take a method that weighs every reward's own gradient or advantage."
+        return [Finding("opposed", list(cosines), min(cosines.values()), found, todo)]
     if seen is None or seen["conflict_rate_low"] <= OPPOSED:
         return []
-    worst = max(seen["against"], key=lambda name: seen["against"][name])
+    most, rate = max(seen["against"], key=lambda name: seen["against"][name]), seen["conflict_rate"]
     found = (
-        f"The raw weighted sum works against at least one reward in {_percent(seen['conflict_rate'])} of the updates, "
-        f"most often against {worst} ({_percent(seen['against'][worst])})."
+        f"The raw weighted sum has a negative cosine with at least one reward in {_percent(rate)} of the updates, most "
+        f"often with {most} ({_percent(seen['against'][most])})."
     )
-    true = content["gradients"]["directions"]["weighted_sum"]["true"]
-    if true is not None:
-        found += f" Noise taken out, it serves {true['worst_reward']} worst, by a cosine of {true['worst']:+.2f}."
-    todo = "Take a method that weighs every reward's own gradient or advantage."
-    return [Finding("opposed", [worst], seen["conflict_rate"], found, todo)]
+    unknown = [name for name in seen["against"] if true is not None and true["cosines"][name] is None]
+    if true is None or unknown:
+        whom = ", ".join(unknown) or "any of them"
+        found += f" Whether it truly works against {whom} cannot be known from so few batches."
+        todo = "Measure with more --batches; until then, a method that weighs every reward's own gradient is safer."
+        return [Finding("opposed", [most], rate, found, todo)]
+    interval = "" if true["worst_low"] is None else f" ({true['worst_low']:+.2f} to {true['worst_high']:+.2f})"
+    found += (
+        f" Noise alone may do that: taken out, the smallest cosine is {true['worst']:+.2f}{interval}, with "
+        f"{true['worst_reward']}, and none is surely negative."
+    )
+    todo = "By itself no reason for another method: more prompts an update show more gradient and less noise."
+    return [Finding("by-noise", [most], rate, found, todo)]
 
 
 def _unseen(content: Mapping[str, Any]) -> list[Finding]:
@@ -216,30 +245,38 @@ def _plain(content: Mapping[str, Any]) -> Finding:
 # ---- what follows --------------------------------------------------------------------------------------
 
 
-def _method(fired: set[str], regime: Regime | None) -> tuple[str, str]:
+def _balance(fired: set[str], regime: Regime | None) -> tuple[Mapping[str, Any], str]:
+    """Settings of `balance`, and why."""
     if regime is not None:
         like = (
             f"a case measured before (spreads {regime.mismatch:g} times apart, a specialist for "
             f"{_percent(regime.specialist_share)} of the prompts, smallest true cosine {regime.conflict:+.2g})"
         )
         sure = "" if regime.sure else "; the seeds do not make it certain"
-        best = f"in {like} {regime.worst} gained most for the worst-off reward and {regime.mean} on average{sure}"
-        return regime.worst, best
+        worst, mean = _named(regime.worst), _named(regime.mean)
+        return regime.worst, f"in {like} {worst} gained most for the worst-off reward and {mean} on average{sure}"
     if "conflict" in fired:
-        return "marble", "rewards truly conflict: the solve finds the direction that serves the worst-served one best"
+        return MARBLE, "rewards truly conflict: the solve finds the direction that serves the worst-served one best"
     if fired & {"spreads", "specialist", "opposed"}:
-        return "marble", (
+        return MARBLE, (
             "each reward gets its own advantage and an equal say; where no true conflict is found, gdpo and uniform do "
             "the same without a solve and may do as well"
         )
     if "unseen" in fired:
-        return "marble", "too little is known of the gradients to rely on a plain sum"
-    return "weighted-sum", "nothing was found that a plain sum would get wrong"
+        return MARBLE, "too little is known of the gradients to rely on a plain sum"
+    return {"method": "weighted-sum"}, "nothing was found that a plain sum would get wrong"
 
 
-def _fragment(content: Mapping[str, Any], findings: Sequence[Finding], method: str) -> str:
-    lines, fired = ["balance:", f"  method: {method}"], {finding.rule for finding in findings}
-    if "specialist" in fired and method in (*FROM_GRADIENTS, "uniform") and method != "published":
+def _named(balance: Mapping[str, Any]) -> str:
+    """A method with its other settings in brackets."""
+    others = ", ".join(f"{key}: {value}" for key, value in balance.items() if key != "method")
+    return f"{balance['method']} ({others})" if others else str(balance["method"])
+
+
+def _fragment(content: Mapping[str, Any], findings: Sequence[Finding], balance: Mapping[str, Any]) -> str:
+    lines, fired = yaml.safe_dump({"balance": dict(balance)}, sort_keys=False).splitlines(), {f.rule for f in findings}
+    folds = balance["method"] in (*FROM_GRADIENTS, "uniform") and balance["method"] != "published"
+    if "specialist" in fired and folds and "norms" not in balance:
         lines.append("  norms: folded  # specialists' gradients are short")
     if fired & {"noise", "unseen"}:
         lines.append(f"# rollout: {{prompts: {2 * content['setup']['prompts']}}}  # twice the images an update")
@@ -262,7 +299,7 @@ def headline(content: Mapping[str, Any]) -> str:
     if seen is not None:
         parts.append(
             f"The raw weighted sum works against at least one of {len(rewards)} rewards in "
-            f"{_percent(seen['conflict_rate'])} of the updates."
+            f"{_percent(seen['conflict_rate'])} of the updates, noise included."
         )
     if not known:
         parts.append("No pair's true cosine could be measured in so few batches.")
@@ -279,6 +316,10 @@ def headline(content: Mapping[str, Any]) -> str:
 
 def _comment(name: str) -> str:
     return " ".join(name.split())
+
+
+def _signed(cosines: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:+.2f}" for name, value in cosines.items())
 
 
 def _shares(shares: Mapping[str, float]) -> str:

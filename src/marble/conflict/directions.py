@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ DIRECTIONS = {
 }
 """Keys in conflict.json, and what they are."""
 KINDS = {"advantage": "cosine_advantage", "whole": "cosine"}
+KEPT = 0.9
+"""Share of the updates whose weights must make a sure direction of the true gradients for a mean over these."""
 
 
 def describe_gradients(
@@ -79,16 +81,15 @@ def _norms(
     true = square.value.clamp_min(0).sqrt().tolist()
     out = {}
     for k, name in enumerate(names):
-        with_signal = [batch for batch, speaks in zip(grams, signal, strict=True) if speaks[k]]
-        each = np.array([np.mean([gram[k, k].item() ** 0.5 for gram in batch]) for batch in with_signal])
-        squares = np.array([gram[k, k].item() for batch in with_signal for gram in batch])
+        squares = [np.array([gram[k, k].item() for gram in batch]) for batch in grams]
         row: dict[str, Any] = {"one_batch": None, "low": None, "high": None}
-        if len(each):
+        if any(speaks[k] for speaks in signal):
+            each = np.array([np.sqrt(batch).mean() for batch in squares])
             row["one_batch"] = float(each.mean())
             row["low"], row["high"] = bootstrap_interval(each)
         row |= {"true": true[k], "true_low": low[k], "true_high": high[k], "known": bool(known[k])}
         row["shown"] = true[k] / row["one_batch"] if known[k] else None
-        noise = max(float(squares.mean()) - true[k] ** 2, 0.0) if len(squares) else 0.0
+        noise = max(float(np.concatenate(squares).mean()) - true[k] ** 2, 0.0)
         row["batches_needed"] = noise / true[k] ** 2 if known[k] else None
         out[name] = row
     return out
@@ -146,27 +147,29 @@ def _directions(
     across: AcrossBatches,
     known: Tensor,
 ) -> dict[str, Any]:
-    truth = across.gram()
     looks = [
-        [_look(gram, speaks & (gram.diagonal()[: len(names)] > 0), truth, known) for gram in batch]
+        [_look(gram, speaks & (gram.diagonal()[: len(names)] > 0), across, known) for gram in batch]
         for batch, speaks in zip(grams, signal, strict=True)
     ]
     looks = [[look for look in batch if look] for batch in looks]
     looks = [batch for batch in looks if batch]
-    best = across.jackknife(lambda gram: _all_on_truth(gram, known))
+    truth = {
+        "cosines": across.jackknife(lambda gram: _all_on_truth(gram, known)),
+        "products": across.jackknife(lambda gram: _products(_made_of_truth(gram, known), gram)),
+    }
     out: dict[str, Any] = {}
     for at, name in enumerate(DIRECTIONS):
         out[name] = {kind: _opposed(names, _pick(looks, f"{key}/{name}")) for kind, key in KINDS.items()}
-        kept = [np.nanmin(cosines) for batch in _pick(looks, f"kept/{name}") for cosines in batch]
-        out[name]["kept"] = float(np.mean(kept)) if kept else None
-        out[name]["true"] = _on_average(names, best, at, known)
+        out[name]["kept"] = _kept(_pick(looks, f"kept/{name}"))
+        out[name]["true"] = _on_average(names, truth, at, known)
     return out
 
 
-def _look(gram: Tensor, speaks: Tensor, truth: Tensor, known: Tensor) -> dict[str, np.ndarray]:
+def _look(gram: Tensor, speaks: Tensor, across: AcrossBatches, known: Tensor) -> dict[str, np.ndarray]:
     """`[K]` cosines of one update's directions: with its own gradients, and as `kept/D` with the true ones.
 
-    Empty if no reward has a signal.
+    Empty if no reward has a signal; `kept/D` is NaN where the weights make of the true gradients no direction that is
+    surely longer than 0.
     """
     if not speaks.any():
         return {}
@@ -174,11 +177,22 @@ def _look(gram: Tensor, speaks: Tensor, truth: Tensor, known: Tensor) -> dict[st
     found = {key: values.numpy() for key, values in direction_cosines(gram, parts, speaks, given).items()}
     if known.any():
         solved = fresh_mixture(parts[:-1][speaks], gram)
-        on_truth = direction_cosines(truth, parts, known, given | {"solved": (solved, solved)})
-        for name in DIRECTIONS:
-            key = "solved" if name == "fresh" else name
-            found[f"kept/{name}"] = on_truth[f"cosine_advantage/{key}"].numpy()
+        given["solved"] = solved, solved
+        made = torch.stack([mixture for _, mixture in given.values()])
+        squares = across.jackknife(lambda truth: _products(made, truth)[:, -1])
+        long = squares.interval()[0] > 0
+        on_truth = direction_cosines(across.gram(), parts, known, given)
+        for name, key, sure in zip(DIRECTIONS, given, long, strict=True):
+            cosines = on_truth[f"cosine_advantage/{key}"].clamp(-1, 1)
+            found[f"kept/{name}"] = torch.where(sure, cosines, torch.nan).numpy()
     return found
+
+
+def _kept(batches: list[list[np.ndarray]]) -> float | None:
+    """Mean smallest of `[K]` cosines an update; None if too many updates have none."""
+    each = [cosines for batch in batches for cosines in batch]
+    sure = [float(np.nanmin(cosines)) for cosines in each if not np.isnan(cosines).all()]
+    return float(np.mean(sure)) if sure and len(sure) >= KEPT * len(each) else None
 
 
 def _pick(looks: list[list[dict[str, np.ndarray]]], key: str) -> list[list[np.ndarray]]:
@@ -218,19 +232,41 @@ def _all_on_truth(gram: Tensor, known: Tensor) -> Tensor:
     return torch.stack([found[f"cosine_advantage/{name}"] for name in DIRECTIONS])
 
 
-def _on_average(names: Sequence[str], best: Estimate, at: int, known: Tensor) -> dict[str, Any] | None:
-    """Cosines of one direction on the true gradients, with the reward that it serves worst."""
-    if not known.any():
+def _made_of_truth(gram: Tensor, known: Tensor) -> Tensor:
+    """`[D, R]`: every direction, made of the true gradients, as a mixture of the rows; NaN if none is known."""
+    usable = known & (gram.diagonal()[: len(known)] > 0)
+    if not usable.any():
+        return torch.full((len(DIRECTIONS), len(gram)), torch.nan, dtype=torch.float64)
+    made = [mixture for _, mixture in mixtures(gram, usable).values()]
+    return torch.stack([*made, fresh_mixture(_parts(len(known))[:-1][usable], gram)])
+
+
+def _products(made: Tensor, gram: Tensor) -> Tensor:
+    """`[D, R + 1]`: products of the mixtures `[D, R]` with every row, and with themselves."""
+    with_rows = made @ gram
+    return torch.cat([with_rows, (with_rows * made).sum(dim=1, keepdim=True)], dim=1)
+
+
+def _on_average(names: Sequence[str], truth: Mapping[str, Estimate], at: int, known: Tensor) -> dict[str, Any] | None:
+    """Cosines of one direction on the true gradients, with the reward that it serves worst.
+
+    None if the direction is not surely longer than 0. Whom it works against is judged by the products' signs, with an
+    allowance for the number of rewards.
+    """
+    cosines, products = truth["cosines"], truth["products"]
+    if not products.interval()[0][at, -1] > 0:
         return None
-    values = best.value[at]
-    low, high = (end[at].clamp(-1, 1) for end in best.interval())
+    values = cosines.value[at]
+    low, high = (end[at].clamp(-1, 1) for end in cosines.interval())
     worst = int(torch.where(known, values, torch.inf).argmin())
-    fine = known & best.error[at].isfinite()
+    fine = known & cosines.error[at].isfinite()
+    opposed = products.interval(1 - 0.05 / int(known.sum()))[1][at, : len(names)] < 0
     return {
         "worst": values[worst].clamp(-1, 1).item(),
         "worst_low": low[worst].item() if fine[worst] else None,
         "worst_high": high[worst].item() if fine[worst] else None,
         "worst_reward": names[worst],
+        "against": [name for name, sure in zip(names, opposed & known, strict=True) if sure],
         "cosines": dict(zip(names, _nested(values.clamp(-1, 1), known), strict=True)),
     }
 

@@ -96,7 +96,8 @@ def _directions(content: Mapping[str, Any]) -> str:
         "An update conflicts if its direction has a negative cosine with a reward's own gradient in the same update. "
         "That flatters the balanced direction, which is solved on this very batch and never negative there, and it "
         "blames every direction for noise. <i>Of that, in truth</i>: the mean worst cosine of the same weights on the "
-        "true gradients. <i>Made of the truth</i>: of weights found there. 95% intervals over batches."
+        "true gradients. <i>Made of the truth</i>: of weights found there. –: a direction not surely longer than 0. "
+        "95% intervals over batches."
     )
     return section("Whom a direction works against", note, figures.worst(found), table)
 

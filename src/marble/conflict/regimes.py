@@ -2,14 +2,14 @@
 
     {"schema": 1, "about": "the runs that it comes from: command, world, seeds",
      "cells": [{"mismatch": 10, "specialist_share": 0.2, "conflict": -0.3,
-                "mean": "marble", "worst": "marble", "sure": true}, …]}
+                "mean": {"method": "gdpo"}, "worst": {"method": "marble", "norms": "raw"}, "sure": true}, …]}
 
 | key | |
 |---|---|
 | `mismatch` | largest over smallest spread within prompts, weights of the sum included; ≥ 1 |
 | `specialist_share` | smallest share of the prompts that one of the rewards can judge, above 0 to 1 |
 | `conflict` | smallest true cosine of two rewards' gradients on the base model that is known to ± 0.3; −1 to 1 |
-| `mean`, `worst` | `balance.method` of the arm that gained most on average, and most for the worst-off reward |
+| `mean`, `worst` | `balance` of the arm that gained most on average, and most for the worst-off reward, less defaults |
 | `sure` | whether both were ahead of every other arm by more than the seeds differ |
 """
 
@@ -40,8 +40,8 @@ class Regime:
     mismatch: float
     specialist_share: float
     conflict: float
-    mean: str
-    worst: str
+    mean: Mapping[str, Any]
+    worst: Mapping[str, Any]
     sure: bool
 
     def distance(self, mismatch: float, specialist_share: float, conflict: float) -> float:
@@ -70,14 +70,25 @@ def read_regimes(path: Path = FILE) -> list[Regime]:
     """The map's cells; none if it has not been made.
 
     Raises:
-        ValueError: it is of another schema.
+        ValueError: it is of another schema, a cell's place is not known, or its winner is no `balance` with a method.
     """
     if not path.is_file():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
     if content["schema"] != SCHEMA:
         raise ValueError(f"{path} must have schema {SCHEMA}, got {content['schema']}")
+    for number, cell in enumerate(content["cells"]):
+        _check_cell(cell, f"{path}: cells.{number}")
     return [Regime(**cell) for cell in content["cells"]]
+
+
+def _check_cell(cell: Mapping[str, Any], where: str) -> None:
+    for axis in _STEPS:
+        if not isinstance(cell[axis], (int, float)):
+            raise ValueError(f"{where}.{axis} must be a number, got {cell[axis]!r}; leave out a cell that has none")
+    for winner in ("mean", "worst"):
+        if not isinstance(cell[winner], dict) or "method" not in cell[winner]:
+            raise ValueError(f"{where}.{winner} must be settings of balance with a method, got {cell[winner]!r}")
 
 
 def nearest_regime(

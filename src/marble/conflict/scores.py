@@ -74,19 +74,20 @@ def correlations(scores: np.ndarray, groups: np.ndarray) -> dict[str, list[list[
     Returns:
         `[K, K]` each: `pearson` with `pearson_low` and `pearson_high` (95%, prompts resampled), `spearman` (of the
         centred scores' ranks), None where there are fewer than three images or one of the rewards is constant;
-        `jointly`, the number of images.
+        `jointly`, the number of images; `jointly_prompts`, that of the prompts whose images both tell apart.
     """
     count = scores.shape[1]
     keys = ("pearson", "pearson_low", "pearson_high", "spearman")
     out: dict[str, list[list[Any]]] = {key: [[None] * count for _ in range(count)] for key in keys}
-    out["jointly"] = [[0] * count for _ in range(count)]
+    out |= {key: [[0] * count for _ in range(count)] for key in ("jointly", "jointly_prompts")}
     for i in range(count):
         for j in range(i, count):
             both = ~np.isnan(scores[:, i]) & ~np.isnan(scores[:, j])
             x, y = (_centred(scores[both, k], groups[both]) for k in (i, j))
             found = _correlated(x, y, groups[both])
+            prompts = len(set(groups[both][x != 0]) & set(groups[both][y != 0]))
             for a, b in {(i, j), (j, i)}:
-                out["jointly"][a][b] = int(both.sum())
+                out["jointly"][a][b], out["jointly_prompts"][a][b] = int(both.sum()), prompts
                 for key, value in zip(keys, found, strict=True):
                     out[key][a][b] = value
     return out

@@ -20,6 +20,8 @@ from marble.report.figures import COLOURS
 LEFT, TOP, WIDTH, HEIGHT = 66, 12, 470, 400
 """The plot's area in the figure's units."""
 BASE_COLOUR = "#222222"
+RIMS = ("#111111", "#9a9aa5", "#f2c200")
+"""Around points (inside hollow ones) whose colour another method has already."""
 RADIUS = 6.0
 
 
@@ -35,6 +37,7 @@ class Axis:
     def of(cls, name: str, content: dict[str, Any]) -> Axis:
         """With a margin of a twentieth on both sides."""
         ends = [v for point in content["points"] for v in (ends_of(content, point, name) or [])]
+        ends += [mean for point in content["points"] if (mean := point["means"][name]) is not None]
         low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
         margin = 0.05 * (high - low) or 0.05 * abs(low) or 1.0
         return cls(name, low - margin, high + margin)
@@ -61,9 +64,12 @@ def ends_of(content: dict[str, Any], point: dict[str, Any], name: str) -> tuple[
 
 
 def paint(points: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """A colour for every method; the base's is nearly black."""
+    """A colour for every method, as the value of `--c`; the base's is nearly black. Used again, it has a rim."""
     methods = [m for m in dict.fromkeys(p["method"] for p in points) if m]
-    return {"": BASE_COLOUR} | {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
+    rounds, count = ["", *(f";--rim:{rim}" for rim in RIMS)], len(COLOURS)
+    return {"": BASE_COLOUR} | {
+        method: COLOURS[i % count] + rounds[i // count % len(rounds)] for i, method in enumerate(methods)
+    }
 
 
 def scatter(content: dict[str, Any]) -> str:
@@ -110,7 +116,8 @@ def _mark(content: dict[str, Any], i: int, axes: Sequence[Axis], shown: Sequence
     )
     radius = RADIUS if not third else 3 + 9 * float(shares["at"][third[0]])
     data = "".join(f' data-{key}="{" ".join(values)}"' for key, values in shares.items())
-    title = escape(f"{point['name']} ({point['kind']})")
+    scores = (f"{name} {mean:.4g}" for name, mean in point["means"].items() if mean is not None)
+    title = escape(f"{point['name']} ({point['kind']}): {', '.join(scores) or 'no score'}")
     paint = f'style="--c:{colour}"'
     cross = f"M{left:.1f} {cy:.1f}H{right:.1f}M{cx:.1f} {down:.1f}V{up:.1f}"
     return (

@@ -1,6 +1,7 @@
 """What the points say: fronts, what is dominated and how surely, hypervolumes over the base model.
 
-Uncertainty is that of the prompts: they are drawn anew, the same for all points, and everything is worked out again.
+Uncertainty is that of the prompts: for fronts and volumes they are drawn anew, the same for all points, and everything
+is worked out again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from marble.errors import MarbleError, nearest
+from marble.evaluation import paired
 from marble.pareto.measure import Measured
 from marble.pareto.points import KINDS
-from marble.statistics import bootstrap_interval, hypervolume, nondominated, seed_interval
+from marble.statistics import FEWEST_PROMPTS, hypervolume, nondominated, prompt_interval, seed_interval, t_interval
 
 DRAWS = 500
 """Times that the prompts are drawn anew."""
@@ -55,7 +57,8 @@ class Cloud:
     measured: Sequence[Measured]  # the base first
     names: list[str]  # [K]
     spreads: np.ndarray  # [K] standard deviations of the base model's scores, 1 where they are all the same
-    at: np.ndarray  # [M, K], NaN where a reward gave no score
+    gains: np.ndarray  # [M, prompts, K] of a prompt's images, each paired with the base's; NaN without a pair
+    at: np.ndarray  # [M, K] means of the gains, NaN where a reward gave no score
     drawn: np.ndarray  # [DRAWS, M, K], the same with prompts drawn anew
 
     @classmethod
@@ -64,12 +67,12 @@ class Cloud:
         base = measured[0].evaluation
         spreads = np.nanstd(base.scores.numpy(), axis=0)
         spreads = np.where(spreads > 0, spreads, 1.0)
-        scores = np.stack([m.evaluation.per_prompt for m in measured])  # [M, prompts, K]
-        prompts = scores.shape[1]
+        gains = np.stack([_differences(measured[0], m) for m in measured]) / spreads
+        prompts = gains.shape[1]
         rng = np.random.default_rng(seed)
         draws = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=DRAWS)  # how often each prompt is drawn
-        at, drawn = _means(np.ones((1, prompts)), scores)[0], _means(draws, scores)
-        return cls(measured, base.names, spreads, (at - at[0]) / spreads, (drawn - drawn[:, :1]) / spreads)
+        at, drawn = _means(np.ones((1, prompts)), gains)[0], _means(draws, gains)
+        return cls(measured, base.names, spreads, gains, at, drawn)
 
     def chosen(self, method: str = "", kind: str = "", seed: int | None = None) -> list[int]:
         """The points of a kind or a method; of soups, what they are mixed of too."""
@@ -81,6 +84,12 @@ class Cloud:
             mixed = {source for i in found if points[i].kind == "soup" for source in points[i].sources}
             found += [i for i, p in enumerate(points) if p.kind == "method" and mixed & {*p.sources} and i not in found]
         return sorted(found)
+
+
+def _differences(one: Measured, other: Measured) -> np.ndarray:
+    """`[prompts, K]`: by how much `other` scores higher, image by image; NaN where no image has both scores."""
+    pairs = [paired(one.evaluation, other.evaluation, k) for k in range(len(one.evaluation.names))]
+    return np.stack([(after - before).nanmean(dim=1).numpy() for before, after in pairs], axis=1)
 
 
 def _means(weights: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -126,7 +135,6 @@ def describe(measured: Sequence[Measured], rewards: Sequence[str]) -> dict[str, 
 
 def _point(measured: Measured, cloud: Cloud, i: int) -> dict[str, Any]:
     point, table = measured.point, measured.evaluation.per_prompt
-    columns = {name: column[~np.isnan(column)] for name, column in zip(cloud.names, table.T, strict=True)}
     return {
         "name": point.name,
         "kind": point.kind,
@@ -136,22 +144,24 @@ def _point(measured: Measured, cloud: Cloud, i: int) -> dict[str, Any]:
         "taken": measured.taken,
         "file": point.file_name,
         "means": measured.evaluation.means(),
-        "intervals": {name: list(bootstrap_interval(c)) if len(c) else None for name, c in columns.items()},
+        "intervals": {name: _ends(column) for name, column in zip(cloud.names, table.T, strict=True)},
         "gains": {name: None if np.isnan(v) else float(v) for name, v in zip(cloud.names, cloud.at[i], strict=True)},
-        "gain_intervals": {
-            name: None if np.isnan(drawn).all() else np.nanpercentile(drawn, [2.5, 97.5]).tolist()
-            for name, drawn in zip(cloud.names, cloud.drawn[:, i].T, strict=True)
-        },
+        "gain_intervals": {name: _ends(gains) for name, gains in zip(cloud.names, cloud.gains[i].T, strict=True)},
         "fronts": {},
     }
+
+
+def _ends(values: np.ndarray) -> list[float] | None:
+    ends = prompt_interval(values)
+    return None if ends is None else list(ends)
 
 
 def _standing(cloud: Cloud, columns: list[int]) -> dict[str, dict[str, Any]]:
     """By name, whether a point is on the front of these rewards, how surely, and what dominates it.
 
-    `share`: of the draws in which it is on the front. A dominated point is told apart if the point that dominates it
-    most surely is better in some reward beyond the prompts' noise: its paired 95% interval, for all rewards of the
-    set together, lies above 0.
+    `share`: of the draws in which it is on the front. A dominated point is told apart if some point that dominates it
+    is better in some reward beyond the prompts' noise: the paired 95% interval, for all rewards of the set and all
+    those points together, lies above 0. `dominated_by` is the surest of these points, or else of all that dominate it.
     """
     at, drawn = cloud.at[:, columns], cloud.drawn[:, :, columns]
     there = np.flatnonzero(~np.isnan(at).any(axis=1))
@@ -167,12 +177,23 @@ def _standing(cloud: Cloud, columns: list[int]) -> dict[str, dict[str, Any]]:
         if not front[i]:
             better = np.flatnonzero((at >= at[i]).all(axis=1) & (at > at[i]).any(axis=1))
             ahead = drawn[:, better] - drawn[:, [i]]  # [draws, better, D]
-            surest = int((ahead >= 0).all(axis=2).mean(axis=0).argmax())
-            low = np.percentile(ahead[:, surest], 2.5 / len(columns), axis=0)
-            row["dominated_by"] = names[better[surest]]
-            row["told_apart"] = bool((low > 0).any())
+            clear = [_clear(cloud, int(there[i]), int(there[j]), columns, len(better)) for j in better]
+            among = np.flatnonzero(clear) if any(clear) else np.arange(len(better))
+            sure = (ahead >= 0).all(axis=2).sum(axis=0)
+            row["dominated_by"] = names[better[among[int(sure[among].argmax())]]]
+            row["told_apart"] = any(clear)
         found[name] = row
     return found
+
+
+def _clear(cloud: Cloud, i: int, j: int, columns: Sequence[int], many: int) -> bool:
+    """Whether point j is better than i in some reward beyond the noise, by Student's t, if `many` are asked about."""
+    level = 1 - 0.05 / (many * len(columns))
+    for difference in _differences(cloud.measured[i], cloud.measured[j])[:, columns].T:
+        values = difference[~np.isnan(difference)]
+        if len(values) >= FEWEST_PROMPTS and t_interval(values, level)[0] > 0:
+            return True
+    return False
 
 
 def _summary(cloud: Cloud, columns: list[int], with_intervals: bool) -> dict[str, Any]:

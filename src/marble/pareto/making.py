@@ -46,7 +46,7 @@ def draw_front(
         soups: mixtures of each pair of specialists.
         pairs: runs to mix, by label or folder.
         changes: settings laid over the runs' configs, as `--evaluation.prompts`, `24`.
-        anew: measure again what the runs and an earlier call have measured.
+        anew: measure again what the runs and an earlier call have measured; broken off, it starts over.
         started: for a display of progress.
 
     Returns:

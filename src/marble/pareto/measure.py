@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from marble.errors import MarbleError
 from marble.evaluation import Evaluation, evaluate, fixed_seeds, sample_of, save_sample
 from marble.pareto.points import Point
 from marble.pareto.runs import Source, terms_of
-from marble.policy.mixing import Stored, mixture_of
+from marble.policy.mixing import Stored, file_stamps, mixture_of, model_files
 from marble.prompts import Record
-from marble.rewards import Reward, load_rewards, prepare_rewards
+from marble.rewards import Reward, check_rewards, load_rewards, prepare_rewards
 from marble.rewards.cache import ScoreCache
 from marble.setup import held_out_prompts, load_policy
 from marble.storage import write_atomic
@@ -50,14 +51,15 @@ class Measurer:
         Args:
             sources: finished runs, judged alike.
             out: folder of the front.
-            anew: make and judge all pictures, whatever is known.
+            anew: make and judge all pictures, whatever is known; broken off, it starts over.
 
         Raises:
-            MarbleError: the prompts or rewards cannot be had.
+            MarbleError: the prompts or rewards cannot be had, or no server of one answers.
         """
         self.sources, self.folder, self.anew = sources, out / "points", anew
         self.config: Config = sources[0].config
         self.rewards: list[Reward] = load_rewards([*self.config.rewards, *self.config.held_out_rewards])
+        check_rewards(self.rewards)  # a served one goes by the name that its server tells
         self.names = [reward.name for reward in self.rewards]
         self.prompts: list[Record] = held_out_prompts(self.config)
         self.seeds = fixed_seeds(self.config.evaluation.images)
@@ -86,9 +88,15 @@ class Measurer:
     # ---- what is known --------------------------------------------------------------------------------
 
     def _stamp(self, point: Point) -> Any:
-        """What a point's scores depend on; weights by their files' sizes and times."""
+        """What a point's scores depend on; weights and the model by their files' sizes and times."""
         weights = [[_stamp_of(stored), weight] for stored, weight in point.parts.items()]
-        stamp = {"terms": terms_of(self.config), "prompts": [p.text for p in self.prompts], "weights": weights}
+        stamp = {
+            "marble": version("marble-diffusion"),
+            "terms": terms_of(self.config),
+            "prompts": [asdict(record) for record in self.prompts],
+            "model": model_files(self.config.model),
+            "weights": weights,
+        }
         return json.loads(json.dumps(stamp))
 
     def _known(self, point: Point) -> Measured | None:
@@ -194,8 +202,7 @@ class Measurer:
 
 
 def _stamp_of(stored: Stored) -> list[Any]:
-    files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in stored.files]
-    return [files, stored.rank, stored.alpha, stored.start]
+    return [file_stamps(stored.files), stored.rank, stored.alpha, stored.start]
 
 
 def _part_of(whole: Evaluation, prompts: Sequence[int], names: Sequence[str]) -> Evaluation:

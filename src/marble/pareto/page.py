@@ -71,16 +71,16 @@ def _front(folder: Path, content: dict[str, Any], prompts: Sequence[str]) -> str
     keys += "".join(_key("#888888", kind, KINDS[kind]) for kind in KINDS if kind in kinds)
     note = (
         "Better is up and to the right; dashed, the front of these two rewards: no other model is at least as good in "
-        "both and better in one. Crosses are 95% intervals of the gain over the base model on the same prompts and "
-        "seeds (bootstrap over prompts). Faint points are dominated. Point at a model to see what it makes; click on "
-        "two to keep them side by side (Tab and Enter do the same)."
+        "both and better in one. Crosses are 95% intervals, over prompts, of the gain over the base model on the same "
+        "prompts and seeds; fewer than 5 prompts have none. Faint points are dominated. Point at a model to see "
+        "what it makes; click on two to keep them side by side (Tab and Enter do the same)."
     )
-    hint = '<p id="hint" class="note">Point at a model in the figure to see its pictures here.</p>'
+    hint = '<p id="hint" class="note" aria-live="polite">Point at a model in the figure to see its pictures here.</p>'
     return section(
         "The front",
         note,
         f'<div id="pareto">{choice}<div>{scatter(content)}<div>{keys}</div></div>'
-        f'<div id="about" style="display:flex;flex-direction:column" aria-live="polite">{hint}{articles}</div></div>',
+        f'<div id="about" style="display:flex;flex-direction:column">{hint}{articles}</div></div>',
     )
 
 
@@ -140,8 +140,8 @@ def _interval(ends: Sequence[float] | None) -> str:
 
 def _volumes(content: dict[str, Any], chosen: dict[str, Any]) -> str:
     head = "<tr><th></th><th>hypervolume</th><th>95% interval</th><th>points</th><th>above the base in all</th></tr>"
-    kinds = {f"all {kind}s" if kind != "all" else kind: row for kind, row in chosen["kinds"].items()}
-    body = "".join(_volume_row(name, row) for name, row in {**kinds, **chosen["methods"]}.items())
+    kinds = [(f"all {kind if kind != 'all' else 'point'}s", row) for kind, row in chosen["kinds"].items()]
+    body = "".join(_volume_row(name, row) for name, row in [*kinds, *chosen["methods"].items()])
     note = (
         f"What the points dominate above the base model's point, in spreads of its scores, by {_listed(content)}. A "
         "model below the base in one of these rewards adds nothing. More points cover more, noise included: compare "
@@ -187,8 +187,9 @@ def _table(content: dict[str, Any], chosen: dict[str, Any]) -> str:
         body += f"<tr><td>{name}</td><td>{escape(point['kind'])}</td>{scores}<td>{standing}</td></tr>"
     note = (
         f"By {_listed(content)}. In brackets, the share of draws in which the model is on the front when the prompts "
-        "are drawn anew; perhaps dominated, if that is in more than one draw of twenty. Not told apart: the model that "
-        "dominates it most surely is better by no more than the prompts' noise in each of these rewards (95%, paired)."
+        "are drawn anew; perhaps dominated, if that is in more than one draw of twenty. Not told apart: none of the "
+        "models that dominate it is better by more than the prompts' noise in any of these rewards (95%, paired, by "
+        "Student's t, with allowance for the number of rewards and of those models)."
     )
     return section(
         "All points",

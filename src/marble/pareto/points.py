@@ -20,6 +20,7 @@ KINDS = {
     "scale": "a run's change of the model, weaker or stronger",
     "soup": "several runs' changes, mixed",
 }
+BASE = "base"
 GRID = 3
 """Mixtures of each pair, if soups are named and their number is not."""
 
@@ -73,9 +74,11 @@ def plan_points(
         pairs: labels of runs to mix, specialists or not.
 
     Raises:
-        MarbleError: soups are asked for and no two runs are specialists of different rewards.
+        MarbleError: soups are asked for and no two runs are specialists of different rewards; a pair is one run twice;
+            two points would be called the same.
     """
-    points = [Point("base", "base", "", {})]
+    taken = any(source.label == BASE for source in sources)
+    points = [Point(f"{BASE} (before training)" if taken else BASE, "base", "", {})]
     for source in sources:
         points += _of_run(source, scales, checkpoints)
     chosen = [tuple(next(s for s in sources if s.label == label) for label in pair) for pair in pairs]
@@ -88,9 +91,17 @@ def plan_points(
                 f"can be paired ({_trained(sources)}); name runs to mix with --soup RUN RUN"
             )
         points += [_uniform(group) for group in groups if len(group) > 2]
+    if alone := [one.label for one, other in chosen if one is other]:
+        raise MarbleError(f'--soup: "{alone[0]}" with itself is no mixture; name two different runs')
     grid = soups or GRID
-    for one, other in dict.fromkeys(chosen):
+    unlike: dict[frozenset[Source], tuple[Source, ...]] = {}
+    for pair in chosen:
+        unlike.setdefault(frozenset(pair), pair)
+    for one, other in unlike.values():
         points += [_soup({one: 1 - k / (grid + 1), other: k / (grid + 1)}) for k in range(1, grid + 1)]
+    names = [point.name for point in points]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MarbleError(f'runs: two models would be called "{twice[0]}"; give one of the run folders another name')
     return points
 
 

@@ -7,8 +7,8 @@ STYLE = """
 .axis path{stroke:#e8e8ee;fill:none} .edge{stroke:#888;fill:none}
 #front{stroke:#222;stroke-width:1.4;fill:none;stroke-dasharray:5 3}
 .cross{stroke:var(--c);stroke-opacity:.3;fill:none}
-circle{fill:var(--c);stroke:#fff;stroke-width:1.2;cursor:pointer;outline:none}
-circle.checkpoint{fill-opacity:.45} circle.scale,circle.soup{fill:#fff;stroke:var(--c);stroke-width:2.2}
+circle{fill:var(--c);stroke:var(--rim,#fff);stroke-width:1.2;cursor:pointer;outline:none}
+circle.checkpoint{fill-opacity:.45} circle.scale,circle.soup{fill:var(--rim,#fff);stroke:var(--c);stroke-width:2.2}
 circle.soup{stroke-dasharray:3 2} circle.d{opacity:.5} circle.n{opacity:.75}
 circle:hover,circle:focus,circle.shown{stroke:#111;stroke-width:3;opacity:1;stroke-dasharray:none}
 #about article{border:1px solid #e4e4ea;border-left:5px solid var(--c);border-radius:6px;padding:8px 12px}
@@ -25,6 +25,7 @@ circle:hover,circle:focus,circle.shown{stroke:#111;stroke-width:3;opacity:1;stro
 SCRIPT = """
 "use strict";
 const plot = document.getElementById("plot"), hint = document.getElementById("hint");
+const invitation = hint.textContent;
 const [left, top_, width, height] = plot.dataset.box.split(" ").map(Number), count = Number(plot.dataset.rewards);
 const circles = [...plot.querySelectorAll("circle")], crosses = [...plot.querySelectorAll(".cross")];
 const articles = [...document.querySelectorAll("#about article")];
@@ -62,7 +63,8 @@ function show() {
     circles[i].classList.toggle("shown", shown.includes(i));
     circles[i].setAttribute("aria-pressed", pinned.includes(i));
   });
-  hint.hidden = shown.length > 0;
+  const told = shown.map(i => articles[i].querySelector("h3").textContent).join(" and ") || invitation;
+  if (hint.textContent !== told) hint.textContent = told;
 }
 
 function readAddress() {
@@ -88,7 +90,10 @@ circles.forEach((circle, i) => {
   });
 });
 for (const choice of [across, up, size]) choice.addEventListener("change", place);
-window.addEventListener("hashchange", readAddress);
+window.addEventListener("hashchange", () => {
+  readAddress();
+  if (pinned.length) document.getElementById("about").scrollIntoView({block: "nearest"});
+});
 document.getElementById("choice").hidden = false;
 place();
 readAddress();

@@ -9,7 +9,7 @@ bit for bit.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,12 +19,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from marble.config import LoRA
+from marble.config import LoRA, Model
 from marble.errors import MarbleError, first_line
 from marble.policy.loading import DTYPES
 from marble.policy.policy import Policy
 from marble.policy.weights import add_lora, check_fits, load_lora, load_whole
+from marble.registry import known
 from marble.storage import load_tree
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+"""Ends of the names of files that hold weights."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,23 @@ class Stored:
             return load_tree(self.path, "adapters", "ema")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise MarbleError(f'the checkpoint "{self.path}" cannot be read: {first_line(error)}') from error
+
+
+def file_stamps(files: Iterable[Path]) -> list[list[Any]]:
+    """Path, bytes and time of change of every file: cheap to take, unlike when one was written anew."""
+    return [[str(file), (found := file.stat()).st_size, found.st_mtime_ns] for file in files]
+
+
+def model_files(model: Model) -> list[list[Any]]:
+    """Stamps of a model's weights and of the LoRA merged into them, where they lie in folders or files here."""
+    places = [Path(place) for place in (*([] if model.id in known("model") else [model.id]), *model.merge)]
+    found = [
+        file
+        for place in places
+        for file in ([place] if place.is_file() else sorted(place.rglob("*")))
+        if file.suffix in _WEIGHTS
+    ]
+    return file_stamps(found)
 
 
 class LoRAMixture:

@@ -62,6 +62,7 @@ class Judging:
         self.wanted = self.wanted.reshape(len(rewards), len(records)).T
         self.portions = [_portions(reward, self.wanted[:, k], group_ids) for k, reward in enumerate(rewards)]
         self.seconds: dict[str, float] = {}  # of judging, by reward, once the table is there
+        self.failed: list[str] = []  # rewards that raised or did not answer in time, once the table is there
         self.hidden = 0.0  # seconds of sampling during which rewards were at work
         self._bytes: list[Tensor] = []  # one an image
         self._floats: list[Tensor] = []
@@ -94,6 +95,7 @@ class Judging:
                 crew.wait(portion.job, timeout)
                 own.append(portion.job)
                 if portion.job.scores is None or portion.job.given_up:
+                    self.failed += [reward.name] * (reward.name not in self.failed)
                     failed[portion.job.error] += len(portion.rows)
                     continue
                 scores[portion.rows, k] = portion.job.scores

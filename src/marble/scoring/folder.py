@@ -51,10 +51,11 @@ class Folder:
         """
         if (self.path / SETUP).is_file():
             self._check(setup, ["revisions"])
-            return
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path / SETUP, json.dumps(setup, indent=1))
         for part in ("parts", "samples"):
-            (self.path / part).mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / SETUP, json.dumps(setup, indent=1))
+            (self.path / part).mkdir(exist_ok=True)
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write the result; returns it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from marble.config import Config, RewardUse, demo_config_path, make_config, read
 from marble.errors import MarbleError
 from marble.evaluation import fixed_seeds
 from marble.overrides import override
+from marble.policy.mixing import model_files
 from marble.prompts import Record
 from marble.rewards.base import WHERE
 from marble.rewards.load import COMMON
@@ -175,6 +177,8 @@ def _against(against: str | None, evaluated: Overlay) -> Overlay | Path | None:
         return path
     if (path / "evaluation.json").is_file() and not (path / "config.yaml").is_file():
         return path / "evaluation.json"
+    if (path / "setup.json").is_file() and not (path / "config.yaml").is_file():
+        raise MarbleError(f'--against: the evaluation in "{against}" is unfinished; its own command goes on with it')
     return Overlay.find(against, "--against")
 
 
@@ -194,7 +198,9 @@ def _setup(
     elif against is not None:
         other = {"source": str(against), "scale": 1.0, "sha256": digest([against])}
     setup = {
+        "marble": version("marble-diffusion"),
         "model": {name: model[name] for name in _MODEL},
+        "files": model_files(config.model),
         "lora": evaluated.describe(),
         "against": other,
         "prompts": [asdict(record) for record in prompts],

@@ -41,11 +41,11 @@ def score(plan: Plan, out: Path, watch: Watch = lambda done, total: None) -> dic
         What stands in `out/evaluation.json` then.
 
     Raises:
-        MarbleError: the folder holds something else, a model or reward cannot be had, or a reward gave no score at all
-            for a portion (which is then not kept).
+        MarbleError: the folder holds something else, a model or reward cannot be had, or a reward failed on a
+            portion and gave no score for it (which is then not kept).
     """
     folder = Folder(out)
-    if plan.setup != decide(lambda: plan.setup):
+    if decide(lambda: plan.setup) | {"files": []} != plan.setup | {"files": []}:  # copies may differ in their times
         raise MarbleError("this process was given another evaluation than the main one; all must have the same")
     finished = decide(lambda: folder.enter(plan.setup))
     if finished is not None:
@@ -123,15 +123,17 @@ class _Sides:
         return policy
 
     def _round(self, side: str, policy: Policy, numbers: Sequence[int]) -> None:
-        """A portion in each process; the main one writes those in which every reward answered.
+        """A portion in each process; the main one writes those on which no reward failed altogether.
+
+        One that answers without a number has judged: its scores are missing, and would be again.
 
         Raises:
-            MarbleError: a reward did not, in all processes.
+            MarbleError: a reward raised or was away, and gave no score for a portion; in all processes.
         """
         portions, each = [self.plan.portions[i] for i in numbers], len(self.plan.seeds)
         mine = portions[rank()] if rank() < len(portions) else range(0)
         evaluation = self.plan.config.evaluation
-        table, images = make_and_judge(
+        table, images, failed = make_and_judge(
             policy,
             self.rewards,
             self.plan.prompts[mine.start : mine.stop],
@@ -144,19 +146,25 @@ class _Sides:
             frames=self.plan.config.rollout.judged_frames,
             cache=self.cache,
         )
+        failures = gather_rows(
+            torch.tensor([[name in failed for name in self.names]]), range(rank(), rank() + 1), world()
+        )
         lengths = [len(portion) * each for portion in portions]
         tables = _cut(gather_table(table, _own(lengths), sum(lengths)), lengths)
         shown = [len(portion) if portion.start < SHOWN_PROMPTS else 0 for portion in portions]
         samples = _samples(images, each)[: len(_own(shown))]
         samples = gather_rows(samples, _own(shown), sum(shown)) if sum(shown) else samples
-        silent: dict[str, None] = {}
-        for number, portion, part, some in zip(numbers, portions, tables, samples.split(shown), strict=True):
-            silent |= dict.fromkeys(part.silent)
-            if is_main() and not part.silent:
+        lost: dict[str, None] = {}
+        for i, (number, portion, part, some) in enumerate(
+            zip(numbers, portions, tables, samples.split(shown), strict=True)
+        ):
+            absent = [name for name in part.silent if failures[i, self.names.index(name)]]
+            lost |= dict.fromkeys(absent)
+            if is_main() and not absent:
                 self.folder.write(side, number, part, portion.start, some)
-        if silent:
+        if lost:
             raise MarbleError(
-                f"rewards: no score of {', '.join(silent)} for any picture of a portion (the warnings above say why); "
+                f"rewards: no score of {', '.join(lost)} for any picture of a portion (the warnings above say why); "
                 "it is not kept, and the same command goes on from there"
             )
 

@@ -9,26 +9,33 @@ import numpy as np
 import torch
 
 from marble.evaluation import Evaluation, paired
-from marble.statistics import bootstrap_interval, win_rate
+from marble.statistics import FEWEST_PROMPTS, prompt_interval, share_interval, win_rate
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts, with its 95% interval by bootstrap over them; one prompt has none."""
+    """A mean over prompts, with its 95% interval over them; fewer than 5 have none."""
 
     value: float
     low: float | None
     high: float | None
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Estimate | None:
-        """From a value a prompt, `[prompts]`; NaN is left out. None if nothing is left."""
+    def of(cls, values: np.ndarray, *, share: bool = False) -> Estimate | None:
+        """From a value a prompt, `[prompts]`; NaN is left out. None if nothing is left.
+
+        Args:
+            values: of prompts.
+            share: whether each is a share from 0 to 1; the interval is then Wilson's, which has a width at 0 and 1 too.
+        """
         values = np.asarray(values, dtype=float)
         values = values[~np.isnan(values)]
         if not len(values):
             return None
-        low, high = (None, None) if len(values) < 2 else bootstrap_interval(values)
-        return cls(float(values.mean()), low, high)
+        mean = float(values.mean())
+        if share and len(values) >= FEWEST_PROMPTS:
+            return cls(mean, *share_interval(mean, len(values)))
+        return cls(mean, *(prompt_interval(values) or (None, None)))
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def _summary(evaluated: Evaluation, reference: Evaluation | None, k: int, above:
         missing=evaluated.missing.get(name, 0),
         mean=_mean(own),
         accuracy_above=above,
-        accuracy=None if above is None else _mean(_right(own, above)),
+        accuracy=None if above is None else _mean(_right(own, above), share=True),
     )
     if reference is None:
         return summary
@@ -92,11 +99,11 @@ def _summary(evaluated: Evaluation, reference: Evaluation | None, k: int, above:
     return replace(
         summary,
         reference=_mean(other),
-        reference_accuracy=None if above is None else _mean(_right(other, above)),
+        reference_accuracy=None if above is None else _mean(_right(other, above), share=True),
         pairs=_judged(ours),
         difference=_mean(ours - theirs),
         accuracy_difference=None if above is None else _mean(_right(ours, above) - _right(theirs, above)),
-        win_rate=Estimate.of(wins),
+        win_rate=Estimate.of(wins, share=True),
     )
 
 
@@ -110,9 +117,9 @@ def _judged(scores: torch.Tensor) -> int:
     return int((~scores.isnan()).any(dim=1).sum())
 
 
-def _mean(scores: torch.Tensor) -> Estimate | None:
+def _mean(scores: torch.Tensor, *, share: bool = False) -> Estimate | None:
     """Of `[prompts, images]`."""
-    return Estimate.of(scores.nanmean(dim=1).numpy())
+    return Estimate.of(scores.nanmean(dim=1).numpy(), share=share)
 
 
 def _right(scores: torch.Tensor, above: float) -> torch.Tensor:
