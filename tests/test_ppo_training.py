@@ -34,8 +34,8 @@ def test_defaults_are_the_authors():
 
 
 def test_what_is_given_stands():
-    objective = settings({"clip": 0.01, "kl": 0.0, "old": {"limit": 0.3}}).objective
-    assert (objective.clip, objective.kl, objective.old) == (0.01, 0.0, Decay(limit=0.3))
+    objective = settings({"clip": 0.01, "kl": 0.0, "old": {"limit": 0.0}}).objective
+    assert (objective.clip, objective.kl, objective.old) == (0.01, 0.0, Decay(limit=0.0))
 
 
 def test_other_objectives_keep_theirs():
