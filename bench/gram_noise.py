@@ -18,7 +18,6 @@ from torch import Tensor
 
 from marble.balance import Balancer
 from marble.balance.method import Method
-from marble.balance.signals import signals_of
 from marble.config import demo_config_path, make_config, read_config
 from marble.objectives.visit import plan_epoch, visit_loss
 from marble.rewards import score_images
@@ -54,7 +53,7 @@ def gather(run: Path | None, batches: int) -> tuple[list[str], Tensor, list[Tens
         batch = parts.prompts.batch(10_000 + number)
         rollout = collect(parts.policy, batch, steps=config.rollout.steps, images_per_call=config.rollout.batch)
         table = score_images(parts.rewards, rollout.images, batch.records, batch.group_ids)
-        signals = signals_of(table, batch.group_ids, parts.weights, std=config.objective.std)
+        signals = parts.method.signals(table, batch.group_ids)
         for_slope, for_const = method.columns(signals)
         settings = {"timesteps": config.objective.timesteps, "updates": config.optimizer.updates_per_epoch}
         plan = plan_epoch(len(rollout.x0), config.rollout.steps, **settings, micro_batch=72, seed=1, epoch=number)[0]

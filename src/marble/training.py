@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from marble.balance.signals import signals_of
 from marble.config import Config
 from marble.distributed import agree, barrier, decide, is_main, rank, share, start, world
 from marble.errors import MarbleError
@@ -84,13 +83,7 @@ def train(
                 lost = table.silent
                 _checkpoint(config, parts, run, held_out, epoch, time.perf_counter() - began)
                 break
-            signals = signals_of(
-                table,
-                batch.group_ids,
-                parts.method.weights,
-                std=config.objective.std,
-                own_weights=parts.method.sum_weights(table),
-            )
+            signals = parts.method.signals(table, batch.group_ids)
             parts.method.observe(table)
             clock.append(time.perf_counter())
             plan = plan_updates(config, parts, rollout, batch, shares, epoch)

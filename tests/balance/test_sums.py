@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from marble.balance.method import Method
-from marble.balance.signals import signals_of
 from marble.rewards import RewardTable
 
 from .toy import SIZE, config, table_of
@@ -18,7 +17,7 @@ def table():
 def summed(table, method):
     """The advantage that a method of sums follows, before its strength is matched."""
     groups = torch.arange(len(table.scores)) // SIZE
-    signals = signals_of(table, groups, method.weights, std="group", own_weights=method.sum_weights(table))
+    signals = method.signals(table, groups)
     method.advance()
     return method.combined(signals)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from marble.balance.balancer import Balancer
 from marble.balance.controller import Controller
 from marble.balance.dual_cone import keep_floors
-from marble.balance.signals import Signals
+from marble.balance.signals import Signals, signals_of
 from marble.catalogue import FROM_GRADIENTS, SUMS
 from marble.config import Balance, Config, Stage
 from marble.gradients import whole_gram
@@ -40,7 +40,7 @@ class Method:
     def __init__(self, config: Config) -> None:
         """Set up from a checked configuration."""
         self.settings: Balance = config.balance
-        self.amax, self.seed = config.objective.amax, config.seed
+        self.amax, self.std, self.seed = config.objective.amax, config.objective.std, config.seed
         self.count = len(config.rewards)
         name = self.settings.method
         self.match = self.settings.advantage_scale == "match"
@@ -84,6 +84,10 @@ class Method:
         if self.controller is not None and self.balancer is not None:
             self.controller.observe(table)
             self.balancer.priorities = self.wanted * self.controller.priorities
+
+    def signals(self, table: RewardTable, group_ids: Tensor) -> Signals:
+        """An epoch's scores in advantages, with the sum that this method follows if it has one of its own."""
+        return signals_of(table, group_ids, self.weights, std=self.std, own_weights=self.sum_weights(table))
 
     def sum_weights(self, table: RewardTable) -> Tensor | None:
         """`[K]` of the sum that this epoch's updates follow, if it is not the weighted sum of raw scores.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from marble.balance.signals import signals_of
 from marble.bench.measure import interleaved, ratio, summary
 from marble.bench.update import REFRESH
 from marble.config import Config, demo_config_path, make_config, read_config
@@ -79,7 +78,7 @@ class _Epochs:
         sampled = time.perf_counter()
         table = score_images(parts.rewards, rollout.images, batch.records, batch.group_ids)
         scored = time.perf_counter()
-        signals = signals_of(table, batch.group_ids, parts.method.weights, std=config.objective.std)
+        signals = parts.method.signals(table, batch.group_ids)
         plan = plan_epoch(
             len(rollout.x0),
             config.rollout.steps,

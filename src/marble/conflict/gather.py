@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marble.balance.signals import Signals, signals_of
+from marble.balance.signals import Signals
 from marble.config import Config
 from marble.conflict.across import FOLDS, AcrossBatches
 from marble.errors import MarbleError
@@ -98,15 +98,14 @@ def gather(config: Config, parts: Parts, batches: int, watch: Watcher = lambda d
     count, updates = len(parts.rewards), config.optimizer.updates_per_epoch
     _check_room(count + 2, parts.engine.count, batches)
     names = [reward.name for reward in parts.rewards]
-    weights = torch.tensor([term.weight for term in config.rewards], dtype=torch.float64)
-    found = Gathered(names, weights.numpy(), AcrossBatches(batches), parts.engine.count)
+    found = Gathered(names, parts.method.weights.numpy(), AcrossBatches(batches), parts.engine.count)
     taker = _Taker(config, parts)
     for number in range(batches):
         batch = parts.prompts.batch(number)
         rollout, table = _sample(config, parts, batch)
         if table.silent and not number:
             raise MarbleError(f"rewards: no score of {', '.join(table.silent)}; the warnings above say why")
-        signals = signals_of(table, batch.group_ids, weights, std=config.objective.std)
+        signals = parts.method.signals(table, batch.group_ids)
         _note(found, batch, table, signals)
         _keep_pictures(found, rollout, table, signals)
         plan = plan_updates(config, parts, rollout, batch, [range(len(batch.prompts))], number)
