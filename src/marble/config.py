@@ -206,6 +206,11 @@ class Balance(_Section):
     norms: Literal["folded", "raw"] = Field(
         "folded", description="folded: amortised updates divide by each gradient's norm, as the solve did"
     )
+    visits: Literal["importance", "even"] = Field(
+        "importance",
+        description="even: all images and timesteps alike (preset of all methods but marble); importance: more visits "
+        "where the rewards' gradients are large",
+    )
     dropout: float = Field(0.5, gt=0, lt=1, description="reward-dropout: probability that a reward is left out")
     stages: list[Stage] = Field(
         [], description="sequential: which rewards are trained on one after another; each by itself, if not given"
@@ -216,9 +221,11 @@ class Balance(_Section):
     @model_validator(mode="before")
     @classmethod
     def _presets(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("method") == "published":
-            return {"advantage_scale": "published", "norms": "raw", **values}
-        return values
+        if not isinstance(values, dict) or values.get("method", "marble") == "marble":
+            return values
+        if values["method"] == "published":
+            return {"advantage_scale": "published", "norms": "raw", "visits": "even", **values}
+        return {"visits": "even", **values}
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -322,10 +329,9 @@ def make_config(values: dict[str, Any], origin: str = "config") -> Config:
         MarbleError: lists every error found, each with its field, the rule and the value.
     """
     try:
-        config = Config.model_validate(values)
+        return Config.model_validate(values)
     except ValidationError as error:
         raise MarbleError(f"{origin} is not valid:\n" + "\n".join(_lines(error))) from error
-    return config
 
 
 def check_names(config: Config) -> None:

@@ -29,6 +29,7 @@ def snapshot(parts: Parts, held_out: HeldOut, epoch: int, spent: float) -> dict[
         "adapters": {name: parts.policy.adapter_state(name) for name in ("default", "old", "ema")},
         "updater": parts.updater.state_dict(),
         "method": parts.method.state_dict(),
+        "step_norms": parts.step_norms.state_dict(),
         "absence": dict(parts.absence.updates),
         "held_out": held_out.state_dict(),
     }
@@ -53,6 +54,7 @@ def restore(parts: Parts, held_out: HeldOut, run: Run) -> tuple[int, float]:
         parts.policy.load_adapter_state(name, weights)
     parts.updater.load_state_dict(state["updater"])
     parts.method.load_state_dict(state["method"])
+    parts.step_norms.load_state_dict(state.get("step_norms", {}))
     parts.absence.updates = dict(state.get("absence", {}))
     held_out.load_state_dict(state["held_out"])
     run.forget_after(parts.updater.updates)

@@ -133,6 +133,8 @@ def _balance(config: Config) -> list[str]:
         problems.append("balance.finish: counts from the end, so budget.updates must be given")
     elif balance.finish and balance.finish >= (config.budget.updates or 0):
         problems.append(f"balance.finish: less than budget.updates = {config.budget.updates}, got {balance.finish}")
+    if balance.method == "published" and balance.visits != "even":
+        problems.append(f"balance.visits: published has even ones, got {balance.visits}; use balance.method = marble")
     if balance.method == "published" and (balance.advantage_scale, balance.norms) != ("published", "raw"):
         problems.append(
             "balance.method: published is the paper's method to the letter, got advantage_scale = "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,6 +15,7 @@ from marble.distributed import decide, world
 from marble.errors import MarbleError
 from marble.gradients import PerRewardGradients
 from marble.memory import GIB, free_bytes, full_training_bytes
+from marble.objectives.importance import StepNorms
 from marble.policy import Policy, model_path
 from marble.prompts import PromptMixture, Record, load_mixture, needs_download
 from marble.rewards import Reward, applies_to, check_rewards, load_rewards, prepare_rewards
@@ -39,6 +40,7 @@ class Parts:
     updater: Updater
     held_out_prompts: list[Record]
     absence: Absence
+    step_norms: StepNorms = field(default_factory=StepNorms)
 
 
 def check_config(config: Config, fetch: bool = True) -> list[str]:

@@ -21,6 +21,7 @@ from marble.errors import MarbleError
 from marble.gradients.rows import Rows
 from marble.memory import forget, is_out_of_memory
 from marble.objectives.affine import AffineLoss
+from marble.objectives.importance import expected_visits
 from marble.objectives.visit import Visits, plan_epoch, visit_loss, where_broken
 from marble.prompts import PromptBatch
 from marble.rollout import Rollout
@@ -30,7 +31,13 @@ log = logging.getLogger("marble")
 
 
 def plan_updates(
-    config: Config, parts: Parts, rollout: Rollout, batch: PromptBatch, shares: Sequence[range], epoch: int
+    config: Config,
+    parts: Parts,
+    rollout: Rollout,
+    batch: PromptBatch,
+    shares: Sequence[range],
+    epoch: int,
+    signals: Signals | None = None,
 ) -> list[list[Visits]]:
     """What this process visits in every update of an epoch.
 
@@ -41,7 +48,17 @@ def plan_updates(
         batch: the prompts of all processes.
         shares: which of these prompts each process has.
         epoch: counted from 0.
+        signals: of the images of all processes; without them visits are even, whatever `balance.visits` says.
     """
+    images, expected = [batch.part(own).images for own in shares], None
+    if signals is not None and config.balance.visits == "importance":
+        settings, scale = config.objective, parts.updater.scale
+        norms = parts.step_norms.measure(
+            parts.policy, rollout, settings, images, seed=config.seed, epoch=epoch, scale=scale
+        )
+        most = 1.0 if settings.name == "ppo" else math.inf  # ppo has no fresh noise to visit a step again with
+        advantages = signals.per_reward.clamp(-settings.amax, settings.amax)
+        expected = expected_visits(advantages, norms, settings.timesteps, most=most)
     tables, in_step = rollout.samples.conditioning.table_of, parts.policy.in_step
     mixed = in_step and total(tables.any().item()) > 0  # then not even sizes can be kept in step
     return plan_epoch(
@@ -54,7 +71,8 @@ def plan_updates(
         epoch=epoch,
         own=rollout.batch.images,
         tables=tables,
-        in_step=[batch.part(own).images for own in shares] if in_step else [],
+        in_step=images if in_step else [],
+        expected=expected,
     )
 
 
@@ -171,7 +189,7 @@ class _Update:
 
     def visit(self, rollout: Rollout, visits: Visits, *, exact: bool) -> None:
         """Take in one micro-batch."""
-        chosen, weight = visits.images + rollout.offset, visits.counts / self.visits
+        chosen, weight = visits.images + rollout.offset, visits.weights / self.visits
         if exact:
             with self.engine:
                 loss, kl = visit_loss(self.policy, rollout, visits, self.objective)

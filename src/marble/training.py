@@ -86,7 +86,7 @@ def train(
             signals = parts.method.signals(table, batch.group_ids)
             parts.method.observe(table)
             clock.append(time.perf_counter())
-            plan = plan_updates(config, parts, rollout, batch, shares, epoch)
+            plan = plan_updates(config, parts, rollout, batch, shares, epoch, signals)
             made = parts.updater.updates
             for visits in plan:
                 if fallen or config.budget.updates == parts.updater.updates:

@@ -77,6 +77,7 @@ def test_runs_are_named_by_what_tells_them_apart(tmp_path):
     }
     assert found.overrides["awm"] == {
         "balance.method": "weighted-sum",
+        "balance.visits": "even",
         "objective.name": "awm",
         "optimizer.lr": 5e-4,
     }

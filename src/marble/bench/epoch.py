@@ -11,11 +11,10 @@ import torch
 from marble.bench.measure import interleaved, ratio, summary
 from marble.bench.update import REFRESH
 from marble.config import Config, demo_config_path, make_config, read_config
-from marble.objectives.visit import plan_epoch
 from marble.rewards import score_images
 from marble.rollout import collect
 from marble.setup import Parts, assemble
-from marble.step import make_update
+from marble.step import make_update, plan_updates
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "weighted sum": {"method": "weighted-sum"},
@@ -79,15 +78,7 @@ class _Epochs:
         table = score_images(parts.rewards, rollout.images, batch.records, batch.group_ids)
         scored = time.perf_counter()
         signals = parts.method.signals(table, batch.group_ids)
-        plan = plan_epoch(
-            len(rollout.x0),
-            config.rollout.steps,
-            timesteps=config.objective.timesteps,
-            updates=1,
-            micro_batch=config.optimizer.micro_batch,
-            seed=config.seed,
-            epoch=self.epoch,
-        )
+        plan = plan_updates(config, parts, rollout, batch, [range(len(batch.prompts))], self.epoch, signals)
         metrics = make_update(config, parts, rollout, signals, plan[0])
         parts.updater.end_epoch()
         self.epoch += 1

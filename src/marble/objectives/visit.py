@@ -29,6 +29,7 @@ class Visits:
     steps: Tensor  # [M] int64, indices into the sampler's T steps
     noise_seeds: tuple[int, ...]  # [M], so that an image's noise does not depend on its neighbours; not for ppo
     idle: Tensor | None = None  # [M] bool: those that count for nothing, and keep step with other processes
+    shares: Tensor | None = None  # [M] float: for how many of the even visits each stands; 1, if not given
 
     def __len__(self) -> int:
         return len(self.images)
@@ -38,6 +39,11 @@ class Visits:
         """`[M]` float: 1, or 0 for those that are idle."""
         return torch.ones(len(self)) if self.idle is None else (~self.idle).float()
 
+    @property
+    def weights(self) -> Tensor:
+        """`[M]` float: what each visit's loss is multiplied by, before it is divided by the update's visits."""
+        return self.counts if self.shares is None else self.counts * self.shares
+
     def split(self, most: int) -> list[Visits]:
         """The same visits in parts of at most `most`."""
         return [
@@ -46,6 +52,7 @@ class Visits:
                 self.steps[at : at + most],
                 self.noise_seeds[at : at + most],
                 None if self.idle is None else self.idle[at : at + most],
+                None if self.shares is None else self.shares[at : at + most],
             )
             for at in range(0, len(self), most)
         ]
@@ -63,11 +70,13 @@ def plan_epoch(
     own: range | None = None,
     tables: Tensor | None = None,
     in_step: Sequence[range] = (),
+    expected: Tensor | None = None,
 ) -> list[list[Visits]]:
     """Spread an epoch's visits over its updates.
 
     Every image is visited at `timesteps` different steps of the sampler's grid, the last step left out; in
-    each pass over the images every image is at another one of its own shuffled order.
+    each pass over the images every image is at another one of its own shuffled order. With `expected` it is visited as
+    often as that says, to the next whole number, and every visit counts for so much that nothing changes on average.
 
     Args:
         count: N images, over all processes.
@@ -82,14 +91,21 @@ def plan_epoch(
         tables: `[len(own)]`, images of different numbers cannot be in one micro-batch (`Conditioning.table_of`).
         in_step: every process's `own`, if all have to make as many micro-batches of the same sizes: those with fewer
             visits repeat some that then count for nothing. If any has `tables` of several, `micro_batch` must be 1.
+        expected: `[N, T − 1]`, how often each image is visited at each step, of sum `N · timesteps`
+            (`expected_visits`).
 
     Returns:
         Micro-batches for each update; `images` counts from `own.start`.
     """
-    order = torch.rand(count, grid - 1, generator=generator(seed, "timesteps", epoch)).argsort(dim=1)[:, :timesteps]
-    images = torch.cat([torch.randperm(count, generator=generator(seed, "order", epoch, p)) for p in range(timesteps)])
-    passes = torch.arange(timesteps).repeat_interleave(count)
-    steps = order[images, passes]
+    shares = None
+    if expected is None:
+        order = torch.rand(count, grid - 1, generator=generator(seed, "timesteps", epoch)).argsort(dim=1)[:, :timesteps]
+        orders = [torch.randperm(count, generator=generator(seed, "order", epoch, p)) for p in range(timesteps)]
+        images, passes = torch.cat(orders), torch.arange(timesteps).repeat_interleave(count)
+        steps = order[images, passes]
+    else:
+        images, steps, passes = _drawn(expected, count * timesteps, generator(seed, "visits", epoch))
+        shares = (timesteps / (grid - 1) / expected[images, steps]).float()
     own = range(count) if own is None else own
     plan: list[list[Visits]] = []
     for part in torch.arange(len(images)).tensor_split(updates):
@@ -102,8 +118,32 @@ def plan_epoch(
             chosen = mine[at]
             which = zip(images[chosen].tolist(), passes[chosen].tolist(), strict=True)
             seeds = tuple(derive(seed, "noise", epoch, image, p) for image, p in which)
-            plan[-1].append(Visits(images[chosen] - own.start, steps[chosen], seeds, idle[at] if in_step else None))
+            spared = idle[at] if in_step else None
+            each = None if shares is None else shares[chosen]
+            plan[-1].append(Visits(images[chosen] - own.start, steps[chosen], seeds, spared, each))
     return plan
+
+
+def _drawn(expected: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Systematic sampling: `count` visits, each number the expected one rounded down or up, an image's far apart.
+
+    Returns:
+        Images, steps, and which of its image's visits each is, `[count]`, in the order of the epoch.
+    """
+    mixed = torch.randperm(expected.numel(), generator=rng)
+    ends = expected.double().flatten()[mixed].cumsum(0)
+    ends = (ends * (count / ends[-1]) + torch.rand(1, generator=rng).item()).floor().long()
+    numbers = torch.empty_like(ends)
+    numbers[mixed] = ends.diff(prepend=ends.new_zeros(1))
+    pairs = torch.arange(expected.numel()).repeat_interleave(numbers)
+    pairs = pairs[torch.randperm(len(pairs), generator=rng)]
+    images, steps = pairs // expected.shape[1], pairs % expected.shape[1]
+    of_image, by_image = images.bincount(minlength=len(expected)), images.argsort(stable=True)
+    passes = torch.empty_like(images)
+    passes[by_image] = torch.arange(len(images)) - (of_image.cumsum(0) - of_image)[images[by_image]]
+    begins = torch.rand(len(expected), generator=rng)
+    order = ((passes + begins[images]) / of_image[images]).argsort()
+    return images[order], steps[order], passes[order]
 
 
 def _of(visits: Tensor, images: Tensor, own: range) -> Tensor:
