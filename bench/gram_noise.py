@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from marble.setup import assemble
 
 WINDOW = 20
 """Batches that a moving average has seen when it is compared."""
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "one batch": {"decay": 0.0},
     "one batch, halves": {"decay": 0.0, "estimate": "halves"},
     "weights averaged, decay 0.7": {"decay": 0.7},
@@ -55,8 +56,15 @@ def gather(run: Path | None, batches: int) -> tuple[list[str], Tensor, list[Tens
         table = score_images(parts.rewards, rollout.images, batch.records, batch.group_ids)
         signals = parts.method.signals(table, batch.group_ids)
         for_slope, for_const = method.columns(signals)
-        settings = {"timesteps": config.objective.timesteps, "updates": config.optimizer.updates_per_epoch}
-        plan = plan_epoch(len(rollout.x0), config.rollout.steps, **settings, micro_batch=72, seed=1, epoch=number)[0]
+        plan = plan_epoch(
+            len(rollout.x0),
+            config.rollout.steps,
+            timesteps=config.objective.timesteps,
+            updates=config.optimizer.updates_per_epoch,
+            micro_batch=72,
+            seed=1,
+            epoch=number,
+        )[0]
         rows = parts.engine.rows(for_slope.shape[1], 2)
         total = sum(map(len, plan))
         for visits in plan:
@@ -104,7 +112,7 @@ def main() -> None:
     print("weights of the truth:", [round(v, 3) for v in best.tolist()], f"(mean norm {mean.norm(dim=1).mean():.2e})")
     print("\n| weights from | L1 distance to the truth's | their direction's worst true cosine |\n|---|---|---|")
     unit = torch.diag(1 / norms)
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for way, settings in WAYS.items():
         errors, worst = [], []
         for start in range(0, len(own) - WINDOW + 1, WINDOW // 4):

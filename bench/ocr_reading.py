@@ -40,7 +40,7 @@ def drawn(text: str, font: str, size: int, rng: np.random.Generator, *, spoiled:
         ground = ground + np.kron(coarse, np.ones((size // 16, size // 16, 1)))
     picture = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
     layer = Image.new("L", (size, size))
-    place = (int(rng.integers(4, max(5, size - right))), int(rng.integers(4, size - bottom)))
+    place = (int(rng.integers(4, int(max(5, size - right)))), int(rng.integers(4, int(size - bottom))))
     ImageDraw.Draw(layer).text(place, text, font=face, fill=255)
     if spoiled:
         layer = layer.rotate(float(rng.uniform(-4, 4)), Image.Resampling.BICUBIC)

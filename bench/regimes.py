@@ -31,8 +31,14 @@ from marble.conflict.regimes import FILE, SCHEMA, axes_of
 from marble.mini.rewards import Aesthetic, Preference
 from marble.statistics import seed_interval
 
-ARMS = ("marble", "raw-norms=marble:balance.norms=raw", "weighted-sum", "standardised-sum")
-"""The default; the published weights at matched strength; the raw and the standardised sum, at the same strength."""
+_VISITS = "balance.visits=importance"
+ARMS = (
+    "marble",
+    "raw-norms=marble:balance.norms=raw",
+    f"weighted-sum=weighted-sum:{_VISITS}",
+    f"standardised-sum=standardised-sum:{_VISITS}",
+)
+"""The default, the published weights, the raw and the standardised sum: at the same strength, with the same visits."""
 EVEN = 0.9  # full marks of the general rewards at which they spread within prompts as far as the specialists
 
 

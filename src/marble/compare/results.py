@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from marble.compare.folder import Cell, Comparison
 from marble.compare.sameness import different, measured, refuse
+from marble.evaluation import Evaluation, paired
 from marble.run import Run
 
 
@@ -81,10 +83,13 @@ def read_result(folder: Path, rewards: Sequence[str], record: Mapping[str, Any] 
     """
     run, record = Run(folder), record or {}
     evaluation, rows = run.evaluation(), run.metrics()
-    before, after = (_scores(evaluation[part], rewards) for part in ("before", "after"))
-    lost = np.isnan(before) | np.isnan(after)  # images count in pairs
-    spread = np.array([np.nanstd(column) for column in np.moveaxis(before, -1, 0)])
-    first, second = (mean_over(np.where(lost, np.nan, scores)) for scores in (before, after))
+    before, after = (Evaluation.from_json(evaluation[part]) for part in ("before", "after"))
+    columns = [before.names.index(name) for name in rewards]
+    spread = np.nanstd(before.scores[:, columns].numpy(), axis=0)
+    pairs = [paired(before, after, k) for k in columns]
+    first, second = (
+        torch.stack([side.nanmean(dim=1) for side in both], dim=1).numpy() for both in zip(*pairs, strict=True)
+    )
     updates = [row for row in rows if row["update"]]
     last: Mapping[str, Any] = updates[-1] if updates else {}
     memory = [row["memory"] for row in updates if "memory" in row]
@@ -110,13 +115,6 @@ def _place(folder: Path, record: Mapping[str, Any], *, on_gpu: bool) -> tuple[An
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     threads = record.get("threads") or [found.get("threads")]
     return found.get("device") if on_gpu else "cpu", found.get("processes"), *threads, "jobs", *record.get("jobs", [])
-
-
-def _scores(content: Mapping[str, Any], rewards: Sequence[str]) -> np.ndarray:
-    """`[P, images, K]` from one evaluation's JSON."""
-    scores = np.array([[np.nan if v is None else v for v in row] for row in content["scores"]], dtype=float)
-    columns = [content["names"].index(name) for name in rewards]
-    return scores[:, columns].reshape(len(content["prompts"]), -1, len(rewards))
 
 
 def _means(content: Mapping[str, Any], rewards: Sequence[str]) -> np.ndarray:
