@@ -1,17 +1,16 @@
 """How noisy every reward's gradient is, by where its visits are, and at which steps it comes about.
 
-    .venv/bin/python bench/visit_noise.py [RUN] [--epochs 12]
+    .venv/bin/python bench/visit_noise.py [--epochs 12]
 
-Epochs of the demo at one fixed policy: the base model's, or that of a run's newest checkpoint. Each epoch's images are
-visited in several ways; what independent epochs agree on (products across them) is the true gradient, and noise the
-rest. Squared norms throughout, relative to the true gradient's.
+Epochs of the demo with the base model. Each epoch's images are visited in several ways; what independent epochs agree
+on (products across them) is the true gradient, and noise the rest. Squared norms throughout, relative to the true
+gradient's.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from marble.objectives.importance import expected_visits
 from marble.objectives.visit import Visits, plan_epoch, visit_loss
 from marble.rewards import score_images
 from marble.rollout import Rollout, collect
-from marble.run import Run
 from marble.setup import Parts, assemble
 
 MICRO_BATCH = 72
@@ -41,15 +39,18 @@ def rows(config: Config, parts: Parts, rollout: Rollout, signals: Signals, visit
     return found.matrix()[: for_slope.shape[1]].double()
 
 
-def ways(config: Config, parts: Parts, rollout: Rollout, signals: Signals, epoch: int) -> Iterator[tuple[str, Tensor]]:
+def ways(
+    config: Config, parts: Parts, rollout: Rollout, signals: Signals, epoch: int
+) -> Iterator[tuple[str, Tensor | None]]:
     """Names of ways to visit, and the `expected_visits` of each."""
     images, objective = len(rollout.x0), config.objective
     norms = parts.step_norms.measure(parts.policy, rollout, objective, [range(images)], seed=1, epoch=epoch)
     alike = torch.ones(images, 1)
-    yield "even", expected_visits(alike, torch.ones_like(norms), objective.timesteps)
+    yield "even", None
     yield "importance of steps alone", expected_visits(alike, norms, objective.timesteps)
-    yield "importance of images alone", expected_visits(signals.per_reward, torch.ones_like(norms), objective.timesteps)
-    yield "importance", expected_visits(signals.per_reward, norms, objective.timesteps)
+    advantages = signals.per_reward.clamp(-objective.amax, objective.amax)
+    yield "importance of images alone", expected_visits(advantages, torch.ones_like(norms), objective.timesteps)
+    yield "importance", expected_visits(advantages, norms, objective.timesteps)
 
 
 def gather(config: Config, parts: Parts, epochs: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -96,14 +97,10 @@ def across(first: Tensor, second: Tensor) -> Tensor:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--epochs", type=int, default=12)
     args = parser.parse_args()
-    config = make_config(read_config(demo_config_path() if args.run is None else args.run / "config.yaml"))
+    config = make_config(read_config(demo_config_path()))
     parts = assemble(config)
-    if args.run is not None:
-        for name, weights in (Run(args.run).load_checkpoint() or {})["adapters"].items():
-            parts.policy.load_adapter_state(name, weights)
     updates, by_step = gather(config, parts, args.epochs)
     names = [reward.name for reward in parts.rewards]
     whole = torch.stack([found.mean(dim=1) for found in updates.values()]).mean(dim=0)

@@ -9,6 +9,7 @@ import torch
 from marble import min_norm_weights, reference_gradients
 from marble.catalogue import METHODS
 from marble.objectives.visit import Visits, visit_loss
+from marble.step import plan_updates
 
 from .small import IMAGES, REWARDS, Trial, config_of, flat, signals_for
 
@@ -28,7 +29,8 @@ def assert_same_step(trial, found, expected, tolerance=1e-4):
 def joined(plan):
     """A plan's micro-batches as one."""
     images, steps = (torch.cat([getattr(v, part) for v in plan]) for part in ("images", "steps"))
-    return Visits(images, steps, tuple(seed for v in plan for seed in v.noise_seeds))
+    shares = None if plan[0].shares is None else torch.cat([v.shares for v in plan])
+    return Visits(images, steps, tuple(seed for v in plan for seed in v.noise_seeds), None, shares)
 
 
 class ByHand:
@@ -117,6 +119,57 @@ def test_an_update_from_advantages_alone(trial, name):
     assert_same_step(trial, found, hand.step(direction))
     assert metrics[0]["loss"] == pytest.approx(hand.loss.at(combined[hand.visits.images]).mean().item(), rel=1e-4)
     assert "alpha" not in metrics[0]
+
+
+@pytest.mark.parametrize("balance", [{}, {"method": "weighted-sum"}, {"refresh": 1}], ids=str)
+def test_every_visit_counts_for_its_share(trial, balance, monkeypatch):
+    config = config_of(balance=balance, objective={"kl": 0.3})
+    even = trial.plan(config)[0]
+    shares = torch.rand(sum(map(len, even)), generator=torch.Generator().manual_seed(1)) * 2
+    each = shares.split([len(v) for v in even])
+    plan = [replace(v, shares=own) for v, own in zip(even, each, strict=True)]
+    monkeypatch.setattr(Trial, "plan", staticmethod(lambda *_, **__: [plan]))
+    found, metrics, parts = trial.run(config)
+    combined = parts.method.combined(signals_for())
+    hand = ByHand(trial, config, plan=plan)
+    losses = hand.loss.at(combined[hand.visits.images])
+    assert_same_step(trial, found, hand.step(hand.gradient(shares * (losses + 0.3 * hand.kl))))
+    assert metrics[0]["loss"] == pytest.approx((shares * losses).mean().item(), rel=1e-4)
+    assert metrics[0]["kl"] == pytest.approx((shares * hand.kl).mean().item(), rel=1e-4)
+
+
+def planned(trial, signals, **settings):
+    config = config_of(**settings)
+    batch = trial.rollout.batch
+    return plan_updates(config, trial.parts(config), trial.rollout, batch, [range(len(batch.prompts))], 0, signals)
+
+
+def listed(plan):
+    return [(v.images.tolist(), v.steps.tolist(), v.noise_seeds, v.weights.tolist()) for part in plan for v in part]
+
+
+def test_marble_plans_by_importance_and_other_methods_evenly(trial):
+    signals = signals_for()
+    found = planned(trial, signals)[0][0]
+    assert found.shares is not None
+    assert (found.shares != 1).any()
+    assert listed(planned(trial, signals, balance={"visits": "even"})) == listed(Trial.plan(config_of()))
+    assert planned(trial, signals, balance={"method": "weighted-sum"})[0][0].shares is None
+
+
+def test_advantages_are_clipped_before_visits_are_planned(trial):
+    signals, amax = signals_for(), config_of().objective.amax
+    far = replace(signals, per_reward=signals.per_reward * 1000)
+    near = replace(signals, per_reward=far.per_reward.clamp(-amax, amax))
+    assert listed(planned(trial, far)) == listed(planned(trial, near))
+    assert listed(planned(trial, far)) != listed(planned(trial, signals))
+
+
+def test_sums_plan_by_the_advantage_that_they_follow(trial):
+    signals = signals_for()
+    settings = {"balance": {"method": "weighted-sum", "visits": "importance"}}
+    expected = planned(trial, replace(signals, per_reward=signals.weighted_sum[:, None]))
+    assert listed(planned(trial, signals, **settings)) == listed(expected)
 
 
 @pytest.mark.parametrize("method", ["marble", "published"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 FROM_GRADIENTS = {
-    "marble": "min-norm weights of the rewards' gradients, norms folded in, advantage spread matched",
+    "marble": "min-norm weights of the rewards' gradients, norms folded in, spread matched, visits by importance",
     "published": "the same as its paper has it: weights applied to raw gradients between refreshes",
-    "closed-loop": "marble, with priorities that lift the reward whose measured progress lags",
+    "closed-loop": "marble (with even visits), with priorities that lift the reward whose measured progress lags",
     "mgda": "min-norm weights of gradients that are not normalised",
     "upgrad": "mean of the gradients, each turned until it conflicts with none",
     "dualproj": "mean of the gradients, turned until it conflicts with none",

@@ -48,7 +48,7 @@ def restore(parts: Parts, held_out: HeldOut, run: Run) -> tuple[int, float]:
     if state is None:  # broken off before the first one
         run.forget_after(0)
         return 0, 0.0
-    if "method" not in state:
+    if "method" not in state or "step_norms" not in state:
         raise MarbleError(f"{run.path}: its checkpoint is of an earlier version of marble; start the run anew")
     for name, weights in state["adapters"].items():
         parts.policy.load_adapter_state(name, weights)

@@ -52,12 +52,13 @@ def plan_updates(
     """
     images, expected = [batch.part(own).images for own in shares], None
     if signals is not None and config.balance.visits == "importance":
-        settings, scale = config.objective, parts.updater.scale
+        settings, epochs_visits = config.objective, len(batch.seeds) * config.objective.timesteps
+        scale = parts.updater.scale * config.optimizer.updates_per_epoch / epochs_visits  # as of an update's mean
         norms = parts.step_norms.measure(
             parts.policy, rollout, settings, images, seed=config.seed, epoch=epoch, scale=scale
         )
         most = 1.0 if settings.name == "ppo" else math.inf  # ppo has no fresh noise to visit a step again with
-        advantages = signals.per_reward.clamp(-settings.amax, settings.amax)
+        advantages = parts.method.mixed(signals)[0].clamp(-settings.amax, settings.amax)  # the sum's alone, for sums
         expected = expected_visits(advantages, norms, settings.timesteps, most=most)
     tables, in_step = rollout.samples.conditioning.table_of, parts.policy.in_step
     mixed = in_step and total(tables.any().item()) > 0  # then not even sizes can be kept in step

@@ -135,6 +135,19 @@ def test_idle_visits_count_for_nothing():
     torch.testing.assert_close(torch.cat([half.weights for half in parts[0].split(3)]), parts[0].weights)
 
 
+def test_a_process_none_of_whose_images_is_visited_keeps_step():
+    expected = torch.full((8, GRID - 1), 0.03)
+    expected[:4] = 2 / 4 - 0.03  # two processes of four images, one visit an image
+    shares, made = [range(4), range(4, 8)], []
+    for epoch in range(30):
+        plans = [plan(expected, epoch, timesteps=1, own=own, in_step=shares) for own in shares]
+        assert [[len(v) for v in part] for part in plans[0]] == [[len(v) for v in part] for part in plans[1]]
+        assert all((v.images >= 0).all() and (v.images < 4).all() for part in plans[1] for v in part)
+        made.append(sum(float(v.counts.sum()) for part in plans[1] for v in part))
+        assert made[-1] + sum(float(v.counts.sum()) for part in plans[0] for v in part) == 8
+    assert min(made) == 0
+
+
 def test_the_same_visits_leave_less_noise():
     """Each visit adds a vector of its own; the sum over an epoch is estimated from half as many."""
     rng = torch.Generator().manual_seed(3)

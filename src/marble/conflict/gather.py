@@ -2,7 +2,8 @@
 
 Nothing is trained. The LoRA is fresh: its second factors are zero, so that only these have gradients, which is what
 training's first updates see. The trained policy is still the old one; the pull to it is zero then, and the whole
-gradient of a reward is the part that its advantages enter.
+gradient of a reward is the part that its advantages enter. Visits are even, whatever `balance.visits` says: what one
+update sees is noisier here than in training with `importance`, and the truth behind it the same.
 """
 
 from __future__ import annotations

@@ -26,13 +26,14 @@ _DECAY = 0.9
 def expected_visits(advantages: Tensor, norms: Tensor, timesteps: int, *, most: float = torch.inf) -> Tensor:
     """How often each image is visited at each step, on average over plans.
 
-    What a visit adds to reward k's gradient is its advantage times its slope's gradient. Of all ways to spend the same
-    number of visits without bias, one in proportion to the length of what each adds leaves the least noise (Neyman
-    1934). Here that length is `norms[t] · sqrt(sum_k A[n, k]² / sum_m A[m, k]²)`: every reward's noise is counted
-    relative to that reward's own advantages, so that images first that a reward judges which judges few.
+    What a visit adds to reward k's gradient is its advantage times its slope's gradient. Optimal importance sampling is
+    in proportion to the length of what each visit adds. Here that length is taken to be
+    `norms[t] · sqrt(sum_k A[n, k]² / sum_m A[m, k]²)`: every reward's noise counts relative to its own advantages, so
+    that images come first which a reward judges that judges few. The advantage-free part of the loss is as large for
+    all images, and its estimate gets noisier.
 
     Args:
-        advantages: `[N, K]`; 0 where a reward does not apply.
+        advantages: `[N, K]`, clipped as the loss does; 0 where a reward does not apply.
         norms: `[T − 1]`, typical length of a slope's gradient at each step that is trained; if none is known, equal.
         timesteps: visits per image, on average, at most T − 1.
         most: of any one number, at least `timesteps / (T − 1)`; with 1 no visit comes twice.
@@ -105,6 +106,7 @@ class StepNorms:
             loss, _ = visit_loss(policy, rollout, visit, plain)
             found = torch.autograd.grad(scale * loss.slope.sum(), policy.parameters, allow_unused=True)
             lengths = [torch.linalg.vector_norm(part.float()) for part in found if part is not None]
+            del found, loss
             if counts and lengths:
                 squares[step] = (torch.stack(lengths).double() / scale).square().sum()
         squares = sum_over_processes(squares)

@@ -113,7 +113,14 @@ def plan_epoch(
         plan.append([])
         wanted = max((len(_of(part, images, other)) for other in in_step), default=0)
         idle = torch.arange(max(len(mine), wanted)) >= len(mine)
-        mine = torch.cat([mine, _of(torch.arange(len(images)), images, own)[:1].expand(int(idle.sum()))])
+        spare = _of(torch.arange(len(images)), images, own)[:1]
+        if not len(spare) and len(own) and idle.any():  # none of this process's images is visited in this epoch
+            spare = torch.tensor([len(images)])
+            images, steps, passes = (
+                torch.cat([each, torch.tensor([one])]) for each, one in ((images, own.start), (steps, 0), (passes, 0))
+            )
+            shares = None if shares is None else torch.cat([shares, torch.ones(1)])
+        mine = torch.cat([mine, spare.expand(int(idle.sum()))])
         for at in _split(len(mine), micro_batch, None if tables is None else tables[images[mine] - own.start]):
             chosen = mine[at]
             which = zip(images[chosen].tolist(), passes[chosen].tolist(), strict=True)
