@@ -168,7 +168,8 @@ def test_advantages_are_clipped_before_visits_are_planned(trial):
 def test_sums_plan_by_the_advantage_that_they_follow(trial):
     signals = signals_for()
     settings = {"balance": {"method": "weighted-sum", "visits": "importance"}}
-    expected = planned(trial, replace(signals, per_reward=signals.weighted_sum[:, None]))
+    alike = signals.weighted_sum[:, None].expand_as(signals.per_reward)
+    expected = planned(trial, replace(signals, per_reward=alike))
     assert listed(planned(trial, signals, **settings)) == listed(expected)
 
 
