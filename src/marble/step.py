@@ -52,8 +52,8 @@ def plan_updates(
     """
     images, expected = [batch.part(own).images for own in shares], None
     if signals is not None and config.balance.visits == "importance":
-        settings, epochs_visits = config.objective, len(batch.seeds) * config.objective.timesteps
-        scale = parts.updater.scale * config.optimizer.updates_per_epoch / epochs_visits  # as of an update's mean
+        settings, visits = config.objective, len(batch.seeds) * config.objective.timesteps
+        scale = parts.updater.scale * config.optimizer.updates_per_epoch / visits  # as of an update's mean
         norms = parts.step_norms.measure(
             parts.policy, rollout, settings, images, seed=config.seed, epoch=epoch, scale=scale
         )

@@ -108,18 +108,19 @@ def plan_epoch(
         shares = (timesteps / (grid - 1) / expected[images, steps]).float()
     own = range(count) if own is None else own
     plan: list[list[Visits]] = []
-    for part in torch.arange(len(images)).tensor_split(updates):
+    parts = torch.arange(len(images)).tensor_split(updates)
+    spare = _of(torch.arange(len(images)), images, own)[:1]  # repeated to keep step
+    if in_step and len(own) and not len(spare):  # none of this process's images is visited: one beyond all parts
+        spare = torch.tensor([len(images)])
+        images, steps, passes = (
+            torch.cat([each, torch.tensor([one])]) for each, one in ((images, own.start), (steps, 0), (passes, 0))
+        )
+        shares = None if shares is None else torch.cat([shares, torch.ones(1)])
+    for part in parts:
         mine = _of(part, images, own)
         plan.append([])
         wanted = max((len(_of(part, images, other)) for other in in_step), default=0)
         idle = torch.arange(max(len(mine), wanted)) >= len(mine)
-        spare = _of(torch.arange(len(images)), images, own)[:1]
-        if not len(spare) and len(own) and idle.any():  # none of this process's images is visited in this epoch
-            spare = torch.tensor([len(images)])
-            images, steps, passes = (
-                torch.cat([each, torch.tensor([one])]) for each, one in ((images, own.start), (steps, 0), (passes, 0))
-            )
-            shares = None if shares is None else torch.cat([shares, torch.ones(1)])
         mine = torch.cat([mine, spare.expand(int(idle.sum()))])
         for at in _split(len(mine), micro_batch, None if tables is None else tables[images[mine] - own.start]):
             chosen = mine[at]
