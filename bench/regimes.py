@@ -86,7 +86,7 @@ class Cell:
         ]
         values["rewards"] = [*general, {"reward": "mini-text"}, {"reward": "mini-composition"}]
         values["rollout"] |= {"prompts": 20, "group_size": 7, "batch": 140}
-        values["evaluation"] |= {"prompts": 60, "images": 6, "every": 0}
+        values["evaluation"] |= {"prompts": 54, "images": 6, "every": 0, "mixture": "even"}
         values["budget"] = {"updates": updates}
         return values
 

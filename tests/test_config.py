@@ -69,6 +69,8 @@ def test_no_rewards(demo):
         ("objective", {"timesteps": 9}, "use objective.timesteps = 5 or rollout.steps = 10"),
         ("rollout", {"prompts": 2}, "rollout.prompts: at least one for each source by its share, got 2; use 3"),
         ("evaluation", {"prompts": 2}, "evaluation.prompts: at least one for each source by its share, got 2; use 3"),
+        ("evaluation", {"prompts": 2, "mixture": "even"}, "at least one for each source by its share, got 2; use 3"),
+        ("evaluation", {"mixture": "odd"}, "evaluation.mixture: input should be 'shares' or 'even', got 'odd'"),
         ("model", {"call": {"guidance_scale": 4}}, "model.call: guidance_scale is set by other settings"),
         ("balance", {"method": "published", "norms": "folded"}, "use method = marble for either correction"),
         ("optimizer", {"betas": [2, 0]}, "optimizer.betas.0: input should be less than 1, got 2"),

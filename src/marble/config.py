@@ -248,15 +248,14 @@ class Budget(_Section):
     """When to stop: at whichever comes first of those given."""
 
     updates: int | None = Field(None, ge=1)
-    minutes: float | None = Field(
-        None, gt=0, description="of training, evaluation included; makes a run depend on speed"
-    )
+    minutes: float | None = Field(None, gt=0, description="of training and evaluation; makes a run depend on speed")
 
 
 class Evaluation(_Section):
     """Held-out prompts with fixed seeds, before, during and after."""
 
-    prompts: int = Field(48, ge=2, description="held-out prompts over all sources, in the training shares")
+    prompts: int = Field(48, ge=2, description="held-out prompts over all sources")
+    mixture: Literal["shares", "even"] = Field("shares", description="of sources: as in training, or even")
     images: int = Field(4, ge=1, description="images per prompt")
     steps: int = Field(40, ge=1, description="denoising steps")
     guidance: float = Field(1.0, ge=0, description="guidance scale; 1 for none")

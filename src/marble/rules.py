@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS, NEED_TORCHJD, SUMS
@@ -31,6 +32,13 @@ def split_by_share(shares: Sequence[float], total: int) -> list[int]:
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts
+
+
+def held_out_counts(config: Config, total: int | None = None) -> list[int]:
+    """How many of the evaluation's prompts, or of another total, each source gives."""
+    even = config.evaluation.mixture == "even"
+    shares = [1.0 if even else source.share for source in config.prompts]
+    return split_by_share(shares, config.evaluation.prompts if total is None else total)
 
 
 def stage_ends(shares: Sequence[float], updates: int) -> list[int]:
@@ -90,10 +98,13 @@ def _geometry(config: Config) -> list[str]:
         problems.append("model.shard: only a frozen base can be in shards, got model.train = full; use lora")
     if config.model.shard and config.model.quantize:
         problems.append(f"model.shard: not with quantised weights, got model.quantize = {config.model.quantize}")
-    shares = [source.share for source in config.prompts]
-    for field, total in (("rollout.prompts", rollout.prompts), ("evaluation.prompts", config.evaluation.prompts)):
-        if 0 in split_by_share(shares, total):
-            enough = next(n for n in itertools.count(total) if 0 not in split_by_share(shares, n))
+    counts: dict[str, tuple[int, Callable[[int], list[int]]]] = {
+        "rollout.prompts": (rollout.prompts, partial(split_by_share, [source.share for source in config.prompts])),
+        "evaluation.prompts": (config.evaluation.prompts, partial(held_out_counts, config)),
+    }
+    for field, (total, split) in counts.items():
+        if 0 in split(total):
+            enough = next(n for n in itertools.count(total) if 0 not in split(n))
             problems.append(f"{field}: at least one for each source by its share, got {total}; use {enough}")
     visits = rollout.prompts * rollout.group_size * objective.timesteps
     if optimizer.updates_per_epoch > visits:

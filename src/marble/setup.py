@@ -20,7 +20,7 @@ from marble.policy import Policy, model_path
 from marble.prompts import PromptMixture, Record, load_mixture, needs_download
 from marble.rewards import Reward, applies_to, check_rewards, load_rewards, prepare_rewards
 from marble.rewards.absence import Absence
-from marble.rules import split_by_share
+from marble.rules import held_out_counts
 from marble.seeds import derive
 from marble.update import Updater
 
@@ -132,7 +132,7 @@ def check_applies(rewards: Sequence[Reward], records: Sequence[Record], what: st
 
 
 def held_out_prompts(config: Config) -> list[Record]:
-    """The evaluation's prompts: as many of each source as its share says, the sources in turn.
+    """The evaluation's prompts: as many of each source as its mixture says, the sources in turn.
 
     Raises:
         MarbleError: a source has fewer.
@@ -141,8 +141,8 @@ def held_out_prompts(config: Config) -> list[Record]:
 
 
 def _chosen(config: Config, held_out: Mapping[int, list[Record]]) -> list[Record]:
-    """As many of what is held out of each source, by its place among all, as its share says; the sources in turn."""
-    counts = split_by_share([source.share for source in config.prompts], config.evaluation.prompts)
+    """As many of what is held out of each source, by its place among all, as it is to give; the sources in turn."""
+    counts = held_out_counts(config)
     parts = []
     for i, each in held_out.items():
         source, count = config.prompts[i], counts[i]

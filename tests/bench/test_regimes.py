@@ -8,6 +8,7 @@ import pytest
 
 from marble.config import make_config
 from marble.conflict.regimes import nearest_regime, read_regimes
+from marble.setup import check_config, held_out_prompts
 
 ROOT = Path(__file__).parent.parent.parent
 NAMES = ["a", "b"]
@@ -55,6 +56,15 @@ def lay(out, cell, compared, measured):
     for folder, name, content in (("arms", "comparison", compared), ("conflict", "conflict", measured)):
         (out / cell.name / folder).mkdir(parents=True)
         (out / cell.name / folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_every_regime_measures_each_specialist_on_enough_prompts(regimes, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    for cell in regimes.CELLS:
+        config = make_config(cell.config(90))
+        check_config(config)
+        sources = [record.source for record in held_out_prompts(config)]
+        assert min(sources.count("words"), sources.count("objects")) >= 18, cell.name
 
 
 def test_gains_are_in_spreads_already(regimes):

@@ -233,6 +233,21 @@ def test_a_run_holds_out_across_its_sources(tmp_path):
     assert [r.text for r in held_out_prompts(config)] == ["thing 0", "thing 3", "thing 5", "thing 9"]
 
 
+def test_held_out_prompts_are_in_the_training_shares_or_even(tmp_path):
+    common = written(tmp_path / "common.txt", things(*range(40)))
+    rare = written(tmp_path / "rare.txt", things(*range(40, 80)))
+    values = run_config(common, rare).model_dump(mode="json")
+    values["prompts"][0]["share"] = 3
+
+    def counts(mixture):
+        values["evaluation"]["mixture"] = mixture
+        sources = [record.source for record in held_out_prompts(make_config(values))]
+        return sources.count("common"), sources.count("rare")
+
+    assert counts("shares") == (3, 1)
+    assert counts("even") == (2, 2)
+
+
 def test_a_check_that_may_not_download_passes_over_what_it_would(tmp_path, monkeypatch):
     monkeypatch.setattr(DataSet, "read", lambda self, split: pytest.fail("downloads"))
     few = written(tmp_path / "few.txt", things(*range(5)))

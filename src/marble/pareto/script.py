@@ -19,6 +19,7 @@ circle:hover,circle:focus,circle.shown{stroke:#111;stroke-width:3;opacity:1;stro
 #about table{font-size:12.5px} #about td,#about th{padding:1px 9px 1px 0;white-space:nowrap}
 .key{display:inline-block;margin-right:14px;font-size:13px} .key svg{vertical-align:-2px}
 .wide{overflow-x:auto} .wide td{white-space:nowrap;font-size:13px}
+.wide td:last-child{white-space:normal;min-width:11em}
 @media(max-width:760px){#pareto{grid-template-columns:1fr}}
 """
 
