@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from marble.catalogue import FROM_ADVANTAGES, FROM_GRADIENTS, NEED_TORCHJD, SUMS
@@ -34,11 +33,9 @@ def split_by_share(shares: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def held_out_counts(config: Config, total: int | None = None) -> list[int]:
-    """How many of the evaluation's prompts, or of another total, each source gives."""
-    even = config.evaluation.mixture == "even"
-    shares = [1.0 if even else source.share for source in config.prompts]
-    return split_by_share(shares, config.evaluation.prompts if total is None else total)
+def held_out_shares(config: Config) -> list[float]:
+    """What each source gives to the evaluation's prompts, in proportion."""
+    return [1.0 if config.evaluation.mixture == "even" else source.share for source in config.prompts]
 
 
 def stage_ends(shares: Sequence[float], updates: int) -> list[int]:
@@ -98,13 +95,12 @@ def _geometry(config: Config) -> list[str]:
         problems.append("model.shard: only a frozen base can be in shards, got model.train = full; use lora")
     if config.model.shard and config.model.quantize:
         problems.append(f"model.shard: not with quantised weights, got model.quantize = {config.model.quantize}")
-    counts: dict[str, tuple[int, Callable[[int], list[int]]]] = {
-        "rollout.prompts": (rollout.prompts, partial(split_by_share, [source.share for source in config.prompts])),
-        "evaluation.prompts": (config.evaluation.prompts, partial(held_out_counts, config)),
-    }
-    for field, (total, split) in counts.items():
-        if 0 in split(total):
-            enough = next(n for n in itertools.count(total) if 0 not in split(n))
+    for field, total, shares in (
+        ("rollout.prompts", rollout.prompts, [source.share for source in config.prompts]),
+        ("evaluation.prompts", config.evaluation.prompts, held_out_shares(config)),
+    ):
+        if 0 in split_by_share(shares, total):
+            enough = next(n for n in itertools.count(total) if 0 not in split_by_share(shares, n))
             problems.append(f"{field}: at least one for each source by its share, got {total}; use {enough}")
     visits = rollout.prompts * rollout.group_size * objective.timesteps
     if optimizer.updates_per_epoch > visits:

@@ -20,7 +20,7 @@ from marble.policy import Policy, model_path
 from marble.prompts import PromptMixture, Record, load_mixture, needs_download
 from marble.rewards import Reward, applies_to, check_rewards, load_rewards, prepare_rewards
 from marble.rewards.absence import Absence
-from marble.rules import held_out_counts
+from marble.rules import held_out_shares, split_by_share
 from marble.seeds import derive
 from marble.update import Updater
 
@@ -142,7 +142,7 @@ def held_out_prompts(config: Config) -> list[Record]:
 
 def _chosen(config: Config, held_out: Mapping[int, list[Record]]) -> list[Record]:
     """As many of what is held out of each source, by its place among all, as it is to give; the sources in turn."""
-    counts = held_out_counts(config)
+    counts = split_by_share(held_out_shares(config), config.evaluation.prompts)
     parts = []
     for i, each in held_out.items():
         source, count = config.prompts[i], counts[i]
