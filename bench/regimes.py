@@ -37,8 +37,10 @@ ARMS = (
     "raw-norms=marble:balance.norms=raw",
     f"weighted-sum=weighted-sum:{_VISITS}",
     f"standardised-sum=standardised-sum:{_VISITS}",
+    f"upgrad=upgrad:balance.refresh=1,balance.smooth=gram,balance.decay=0.9,{_VISITS}",
 )
-"""The default, the published weights, the raw and the standardised sum: at the same strength, with the same visits."""
+"""The default, its weights on raw norms, the two sums and a solver that is not min-norm: at the same strength, with the
+same visits."""
 EVEN = 0.9  # full marks of the general rewards at which they spread within prompts as far as the specialists
 
 
@@ -92,7 +94,7 @@ class Cell:
 
 
 CELLS = [Cell(mismatch, share) for mismatch in (1, 10, 100) for share in (0.5, 0.2, 0.05)]
-CELLS += [Cell(10, 0.2, dial) for dial in (0.5, 0.8)]
+CELLS += [Cell(3, 0.2), *(Cell(10, 0.2, dial) for dial in (0.25, 0.5, 0.8))]  # finer where it turns
 
 
 def run_cell(out: Path, cell: Cell, args: argparse.Namespace) -> bool:

@@ -17,6 +17,7 @@ OVERRIDES = {
     "raw-norms": {"balance.method": "marble", "balance.norms": "raw"},
     "weighted-sum": {"balance.method": "weighted-sum"},
     "standardised-sum": {"balance.method": "standardised-sum"},
+    "upgrad": {"balance.method": "upgrad", "balance.refresh": 1},
 }
 # seed → gains of a and b in spreads of the base model: the raw sum leads on average, raw norms on the worst
 GAINS = {
@@ -24,6 +25,7 @@ GAINS = {
     "raw-norms": {"100": [0.6, 0.5], "101": [0.6, 0.5]},
     "weighted-sum": {"100": [2.0, 0.1], "101": [2.0, 0.1]},
     "standardised-sum": {"100": [0.5, 0.2], "101": [0.5, 0.2]},
+    "upgrad": {"100": [0.4, 0.3], "101": [0.4, 0.3]},
 }
 
 
@@ -110,6 +112,6 @@ def test_the_table_shows_what_is_not_known(regimes, tmp_path, capsys):
     lay(tmp_path, regimes.CELLS[1], comparison(), conflict(cosine=None))
     regimes.table(tmp_path)
     head, _, known, unknown = capsys.readouterr().out.splitlines()
-    assert head.endswith("| marble | raw-norms | weighted-sum | standardised-sum |")
+    assert head.endswith("| marble | raw-norms | weighted-sum | standardised-sum | upgrad |")
     assert known.startswith("| 1× | 50% | 0 | -0.30 | 0.45 0.40 / 0.40 0.30 | 0.55 0.55 / 0.50 0.50 |")
     assert unknown.startswith("| 1× | 20% | 0 | ? |")
