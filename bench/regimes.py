@@ -29,11 +29,11 @@ from marble.compare import load_comparison
 from marble.config import demo_config_path, read_config
 from marble.conflict.regimes import FILE, SCHEMA, axes_of
 from marble.mini.rewards import Aesthetic, Preference
-from marble.statistics import seed_interval
 
 _VISITS = "balance.visits=importance"
+DEFAULT = "marble"
 ARMS = (
-    "marble",
+    DEFAULT,
     "raw-norms=marble:balance.norms=raw",
     f"weighted-sum=weighted-sum:{_VISITS}",
     f"standardised-sum=standardised-sum:{_VISITS}",
@@ -136,11 +136,15 @@ def gains(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def winner(values: dict[str, np.ndarray]) -> tuple[str, bool]:
-    """The arm with the largest mean over seeds, and whether it leads every other by more than seeds differ, paired."""
-    best = max(values, key=lambda arm: values[arm].mean())
-    ahead = [seed_interval(values[best] - other) for arm, other in values.items() if arm != best]
-    return best, all(interval is not None and interval[0] > 0 for interval in ahead)
+def winner(values: dict[str, np.ndarray]) -> str:
+    """The arm with the largest mean over seeds."""
+    return max(values, key=lambda arm: values[arm].mean())
+
+
+def suggested(mean: dict[str, np.ndarray], worst: dict[str, np.ndarray]) -> str:
+    """Of the arms that lead the default on average and at worst on every seed, the one that leads it most, or it."""
+    leads = {arm: np.stack([mean[arm] - mean[DEFAULT], worst[arm] - worst[DEFAULT]]) for arm in mean if arm != DEFAULT}
+    return max((arm for arm in leads if (leads[arm] > 0).all()), key=lambda arm: leads[arm].mean(), default=DEFAULT)
 
 
 def settings(content: Mapping[str, Any], arm: str) -> dict[str, Any]:
@@ -190,10 +194,11 @@ def write(out: Path, file: Path = FILE) -> None:
         if unknown:
             print(f"{cell.name} left out: its {', '.join(unknown)} is not known")
             continue
-        mean, sure_mean = winner({arm: rows.mean(axis=1) for arm, rows in found.items()})
-        worst, sure_worst = winner({arm: rows.min(axis=1) for arm, rows in found.items()})
-        named = {"mean": settings(content, mean), "worst": settings(content, worst), "sure": sure_mean and sure_worst}
-        cells.append(place | named)
+        mean = {arm: rows.mean(axis=1) for arm, rows in found.items()}
+        worst = {arm: rows.min(axis=1) for arm, rows in found.items()}
+        best = {"mean": winner(mean), "worst": winner(worst), "suggested": suggested(mean, worst)}
+        named = {what: settings(content, arm) for what, arm in best.items()}
+        cells.append(place | named | {"seeds": len(mean[DEFAULT])})
     about = "bench/regimes.py on world mini 1, tuning seeds; see docs/benchmarks.md"
     file.write_text(json.dumps({"schema": SCHEMA, "about": about, "cells": cells}, indent=1) + "\n", encoding="utf-8")
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from marble.config import make_config
@@ -81,10 +82,14 @@ def test_a_seed_counts_if_every_arm_has_finished_it(regimes):
     assert regimes.gains(comparison(lost=[("marble", "100"), ("raw-norms", "101")])) == {}
 
 
-def test_the_winner_is_sure_if_seeds_agree(regimes):
+def test_what_leads_the_default_in_both_on_every_seed_is_suggested(regimes):
     rows = regimes.gains(comparison())
-    assert regimes.winner({arm: found.mean(axis=1) for arm, found in rows.items()}) == ("weighted-sum", True)
-    assert regimes.winner({arm: found.min(axis=1) for arm, found in rows.items()}) == ("raw-norms", False)
+    mean, worst = ({arm: of(found, axis=1) for arm, found in rows.items()} for of in (np.mean, np.min))
+    assert regimes.winner(mean) == "weighted-sum"
+    assert regimes.winner(worst) == "raw-norms"
+    assert regimes.suggested(mean, worst) == "raw-norms"  # the raw sum's worst is behind
+    worst["raw-norms"][1] = worst["marble"][1]
+    assert regimes.suggested(mean, worst) == "marble"  # one seed does not agree
 
 
 def test_the_map_holds_the_settings_that_were_measured(regimes, tmp_path, capsys):
@@ -100,7 +105,8 @@ def test_the_map_holds_the_settings_that_were_measured(regimes, tmp_path, capsys
     assert (cell.mismatch, cell.specialist_share, cell.conflict) == (12, 0.2, -0.3)
     assert cell.mean == {"method": "weighted-sum"}
     assert cell.worst == {"method": "marble", "norms": "raw"}
-    assert not cell.sure  # on the worst raw norms lead marble by 0.1 and 0.2: two seeds do not settle that
+    assert cell.suggested == cell.worst
+    assert cell.seeds == 2
     for balance in (cell.mean, cell.worst):
         made = make_config({"prompts": [{"source": "x"}], "rewards": [{"reward": "r"}], "balance": balance}).balance
         assert made.advantage_scale == "match"  # as measured

@@ -216,10 +216,11 @@ def test_the_fragment_is_a_config():
     assert yaml.safe_load(fragment) == {"balance": {"method": "marble", "norms": "folded"}}
 
 
+RAW = {"method": "marble", "norms": "raw"}
 CELLS = [
-    Regime(1, 1.0, 0.5, {"method": "weighted-sum"}, {"method": "weighted-sum"}, True),
-    Regime(10, 0.2, 0.0, {"method": "gdpo"}, {"method": "uniform"}, False),
-    Regime(100, 0.05, -0.5, {"method": "marble"}, {"method": "marble", "norms": "raw"}, True),
+    Regime(1, 1.0, 0.5, {"method": "weighted-sum"}, {"method": "weighted-sum"}, {"method": "marble"}, 2),
+    Regime(10, 0.2, 0.0, {"method": "gdpo"}, {"method": "uniform"}, {"method": "uniform"}, 3),
+    Regime(100, 0.05, -0.5, {"method": "marble"}, RAW, RAW, 2),
 ]
 
 
@@ -230,15 +231,25 @@ def test_a_measured_case_like_this_one_decides():
     assert advise(content).method == "marble"
     advice = advise(content, CELLS)
     assert advice.method == "uniform"
-    assert "gdpo on average; the seeds do not make it certain" in advice.reason
+    assert "uniform gained more than marble both on average and for the worst-off reward" in advice.reason
+    assert "(3 seeds; most on average: gdpo; most for the worst-off: uniform)" in advice.reason
     assert "norms: folded" in advice.fragment
 
 
 def test_what_is_suggested_is_what_was_measured():
     advice = advise(everything() | {"setup": {"prompts": 12, "group_size": 8, "batches": 24}}, CELLS)
     assert yaml.safe_load(advice.fragment) == {"balance": {"method": "marble", "norms": "raw"}}
-    assert "marble (norms: raw) gained most for the worst-off reward and marble on average" in advice.reason
+    assert "marble (norms: raw) gained more than marble both" in advice.reason
     assert advice.to_json()["suggested"]["method"] == "marble"
+
+
+def test_the_default_stands_where_nothing_led_it_in_both():
+    content = quiet() | {"rewards": ["a", "b", "c"]}
+    content["scores"]["rewards"]["c"]["judges"] = 1.0
+    cell = Regime(**(axes_of(content) | {"mean": RAW, "worst": RAW, "suggested": {"method": "marble"}, "seeds": 2}))
+    advice = advise(content, [cell])
+    assert advice.method == "marble"
+    assert "no method gained more than marble both on average and for the worst-off reward" in advice.reason
 
 
 def test_a_cosine_that_is_hardly_known_does_not_place_a_case():
@@ -282,5 +293,5 @@ def test_the_map_is_read_if_it_is_there(tmp_path):
 def test_the_packaged_map_holds_settings_that_there_are():
     cells = read_regimes()
     assert cells
-    for balance in [winner for cell in cells for winner in (cell.mean, cell.worst)]:
+    for balance in [arm for cell in cells for arm in (cell.mean, cell.worst, cell.suggested)]:
         make_config({"prompts": [{"source": "x"}], "rewards": [{"reward": "r"}], "balance": balance})

@@ -1,7 +1,7 @@
 """Rules that turn what was measured into a suggested set-up: each with its number, its reason and what to do.
 
-Where the regime map (`regimes.py`) has measured a case like this one, its winner is suggested; otherwise a method
-follows from the findings. A rule that does not fire says nothing.
+Where the regime map (`regimes.py`) has measured a case like this one, what did best there is suggested; otherwise a
+method follows from the findings. A rule that does not fire says nothing.
 """
 
 from __future__ import annotations
@@ -252,9 +252,13 @@ def _balance(fired: set[str], regime: Regime | None) -> tuple[Mapping[str, Any],
             f"a case measured before (spreads {regime.mismatch:g} times apart, a specialist for "
             f"{_percent(regime.specialist_share)} of the prompts, smallest true cosine {regime.conflict:+.2g})"
         )
-        sure = "" if regime.sure else "; the seeds do not make it certain"
-        worst, mean = _named(regime.worst), _named(regime.mean)
-        return regime.worst, f"in {like} {worst} gained most for the worst-off reward and {mean} on average{sure}"
+        led = (
+            f"{_named(regime.suggested)} gained more than {_named(MARBLE)} both on average and for the worst-off reward"
+        )
+        if regime.suggested == MARBLE:
+            led = f"no method gained more than {_named(MARBLE)} both on average and for the worst-off reward"
+        most = f"most on average: {_named(regime.mean)}; most for the worst-off: {_named(regime.worst)}"
+        return regime.suggested, f"in {like} {led}, seed by seed ({regime.seeds} seeds; {most})"
     if "conflict" in fired:
         return MARBLE, "rewards truly conflict: the solve finds the direction that serves the worst-served one best"
     if fired & {"spreads", "specialist", "opposed"}:

@@ -2,7 +2,8 @@
 
     {"schema": 1, "about": "the runs that it comes from: command, world, seeds",
      "cells": [{"mismatch": 10, "specialist_share": 0.2, "conflict": -0.3,
-                "mean": {"method": "gdpo"}, "worst": {"method": "marble", "norms": "raw"}, "sure": true}, …]}
+                "mean": {"method": "gdpo"}, "worst": {"method": "marble", "norms": "raw"},
+                "suggested": {"method": "marble"}, "seeds": 2}, …]}
 
 | key | |
 |---|---|
@@ -10,7 +11,8 @@
 | `specialist_share` | smallest share of the prompts that one of the rewards can judge, above 0 to 1 |
 | `conflict` | smallest true cosine of two rewards' gradients on the base model that is known to ± 0.3; −1 to 1 |
 | `mean`, `worst` | `balance` of the arm that gained most on average, and most for the worst-off reward, less defaults |
-| `sure` | whether both were ahead of every other arm by more than the seeds differ |
+| `suggested` | `balance` of the arm that led the default in both on every seed, by most; or the default |
+| `seeds` | how many every arm had |
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Regime:
     conflict: float
     mean: Mapping[str, Any]
     worst: Mapping[str, Any]
-    sure: bool
+    suggested: Mapping[str, Any]
+    seeds: int
 
     def distance(self, mismatch: float, specialist_share: float, conflict: float) -> float:
         """In steps of the map, along the axis on which it is furthest."""
@@ -70,7 +73,7 @@ def read_regimes(path: Path = FILE) -> list[Regime]:
     """The map's cells; none if it has not been made.
 
     Raises:
-        ValueError: it is of another schema, a cell's place is not known, or its winner is no `balance` with a method.
+        ValueError: it is of another schema, a cell's place is not known, or an arm is no `balance` with a method.
     """
     if not path.is_file():
         return []
@@ -86,9 +89,9 @@ def _check_cell(cell: Mapping[str, Any], where: str) -> None:
     for axis in _STEPS:
         if not isinstance(cell[axis], (int, float)):
             raise ValueError(f"{where}.{axis} must be a number, got {cell[axis]!r}; leave out a cell that has none")
-    for winner in ("mean", "worst"):
-        if not isinstance(cell[winner], dict) or "method" not in cell[winner]:
-            raise ValueError(f"{where}.{winner} must be settings of balance with a method, got {cell[winner]!r}")
+    for arm in ("mean", "worst", "suggested"):
+        if not isinstance(cell[arm], dict) or "method" not in cell[arm]:
+            raise ValueError(f"{where}.{arm} must be settings of balance with a method, got {cell[arm]!r}")
 
 
 def nearest_regime(
