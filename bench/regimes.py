@@ -29,6 +29,7 @@ from marble.compare import load_comparison
 from marble.config import demo_config_path, read_config
 from marble.conflict.regimes import FILE, SCHEMA, axes_of
 from marble.mini.rewards import Aesthetic, Preference
+from marble.statistics import seed_interval
 
 _VISITS = "balance.visits=importance"
 DEFAULT = "marble"
@@ -156,11 +157,12 @@ def settings(content: Mapping[str, Any], arm: str) -> dict[str, Any]:
 
 
 def measured(out: Path) -> Iterator[tuple[Cell, dict[str, Any], dict[str, np.ndarray]]]:
-    """The cells in which every arm has finished a seed: with their comparison, and its `gains`."""
+    """The cells in which all of `ARMS` have finished a seed: with their comparison, and its `gains`."""
     for cell in CELLS:
         if (out / cell.name / "arms" / "comparison.json").exists():
             content = load_comparison(out / cell.name / "arms")
-            if found := gains(content):
+            found = gains(content)
+            if found.keys() >= {arm.partition("=")[0] for arm in ARMS}:
                 yield cell, content, found
 
 
@@ -177,6 +179,42 @@ def table(out: Path) -> None:
         cosine = features(out, cell)["conflict"]
         known = "?" if cosine is None else f"{cosine:+.2f}"
         print(f"| {cell.mismatch}× | {cell.share:.0%} | {cell.dial:g} | {known} | " + " | ".join(cells) + " |")
+    print_leads([(cell, found) for cell, _, found in measured(out)])
+
+
+def print_leads(cells: Sequence[tuple[Cell, dict[str, np.ndarray]]]) -> None:
+    """Print what the default gains more than every other arm, by kind of cell: 95% intervals over cells."""
+    kinds = {
+        "no conflict built in, 1×": lambda cell: not cell.dial and cell.mismatch == 1,
+        "no conflict built in, 10× and 100×": lambda cell: not cell.dial and cell.mismatch >= 10,
+        "no conflict built in, all": lambda cell: not cell.dial,
+        "a dial of conflict": lambda cell: cell.dial > 0,
+    }
+    others = [name for name in (arm.partition("=")[0] for arm in ARMS) if name != DEFAULT]
+    print(f"\n| {DEFAULT} less …, mean / worst | cells | " + " | ".join(others) + " |")
+    print("|---|---|" + "---|" * len(others))
+    for kind, belongs in kinds.items():
+        rows = [found for cell, found in cells if belongs(cell)]
+        if not rows:
+            continue
+        texts = []
+        for other in others:
+            leads = [[of(row[DEFAULT]) - of(row[other]) for row in rows] for of in (_mean, _worst)]
+            texts.append(" / ".join(_with_interval(np.array(values)) for values in leads))
+        print(f"| {kind} | {len(rows)} | " + " | ".join(texts) + " |")
+
+
+def _mean(rows: np.ndarray) -> float:
+    return float(rows.mean())
+
+
+def _worst(rows: np.ndarray) -> float:
+    return float(rows.min(axis=1).mean())
+
+
+def _with_interval(values: np.ndarray) -> str:
+    interval = seed_interval(values)
+    return f"{values.mean():+.2f}" + (f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "")
 
 
 def features(out: Path, cell: Cell) -> dict[str, float | None]:

@@ -117,7 +117,11 @@ def test_the_table_shows_what_is_not_known(regimes, tmp_path, capsys):
     lay(tmp_path, regimes.CELLS[0], comparison(), conflict())
     lay(tmp_path, regimes.CELLS[1], comparison(), conflict(cosine=None))
     regimes.table(tmp_path)
-    head, _, known, unknown = capsys.readouterr().out.splitlines()
+    head, _, known, unknown, *leads = capsys.readouterr().out.splitlines()
     assert head.endswith("| marble | raw-norms | weighted-sum | standardised-sum | upgrad |")
     assert known.startswith("| 1× | 50% | 0 | -0.30 | 0.45 0.40 / 0.40 0.30 | 0.55 0.55 / 0.50 0.50 |")
     assert unknown.startswith("| 1× | 20% | 0 | ? |")
+    # at worst marble gains 0.4 and 0.3, raw norms 0.5 on both seeds; both cells are alike
+    assert leads[3].startswith("| no conflict built in, 1× | 2 | ")
+    assert " / -0.15 [-0.15, -0.15] | " in leads[3]
+    assert not any("dial" in line for line in leads)  # no such cell was measured
