@@ -106,7 +106,7 @@ def test_true_conflict_wants_a_sure_sign():
     assert [(finding.rule, finding.rewards, finding.number) for finding in advice.findings] == [
         ("conflict", ["a", "b"], -0.4)
     ]
-    assert advice.method == "marble"
+    assert advice.method == "upgrad"  # min-norm weights would all go to the two
     assert "floor" in advice.fragment
     assert "1 of 3 pairs of rewards truly conflict and 0 of 3 pairs surely agree" in headline(content)
 
@@ -212,8 +212,8 @@ def test_the_fragment_is_a_config():
     lines = [line.removeprefix("# ") for line in fragment.splitlines() if "rewards:" not in line]
     values = {"prompts": [{"source": "x"}], "rewards": [{"reward": "r"}], **yaml.safe_load("\n".join(lines))}
     config = make_config(values)
-    assert (config.balance.method, config.balance.norms, config.rollout.prompts) == ("marble", "folded", 24)
-    assert yaml.safe_load(fragment) == {"balance": {"method": "marble", "norms": "folded"}}
+    assert (config.balance.method, config.balance.norms, config.rollout.prompts) == ("upgrad", "folded", 24)
+    assert yaml.safe_load(fragment) == {"balance": {"method": "upgrad", "visits": "importance", "norms": "folded"}}
 
 
 RAW = {"method": "marble", "norms": "raw"}

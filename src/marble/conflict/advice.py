@@ -31,6 +31,8 @@ SHOWN = 0.2
 OPPOSED = 0.1
 """A direction that opposes some reward in more updates than this is worth saying so."""
 MARBLE: Mapping[str, Any] = {"method": "marble"}
+TURNED: Mapping[str, Any] = {"method": "upgrad", "visits": "importance"}
+"""Where rewards truly conflict, min-norm weights go to the opposed ones and starve the rest (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,10 @@ def _balance(fired: set[str], regime: Regime | None) -> tuple[Mapping[str, Any],
         most = f"most on average: {_named(regime.mean)}; most for the worst-off: {_named(regime.worst)}"
         return regime.suggested, f"in {like} {led}, seed by seed ({regime.seeds} seeds; {most})"
     if "conflict" in fired:
-        return MARBLE, "rewards truly conflict: the solve finds the direction that serves the worst-served one best"
+        return TURNED, (
+            "rewards truly conflict: min-norm weights (marble) would go to the opposed ones, which cancel, and leave the "
+            "others next to nothing; upgrad turns each gradient until it opposes none, and keeps all of them in"
+        )
     if fired & {"spreads", "specialist", "opposed"}:
         return MARBLE, (
             "each reward gets its own advantage and an equal say; where no true conflict is found, gdpo and uniform do "
