@@ -316,6 +316,15 @@ def test_a_reward_without_a_signal_is_said_to_be_left_out(trial, method):
     assert metrics[0]["signal"] == [True, False, True]
 
 
+def test_rewards_that_oppose_each_other_are_named(trial, monkeypatch):
+    monkeypatch.setattr("marble.balance.opposition._SOLVES", 1)
+    monkeypatch.setattr("marble.balance.opposition._OPPOSED", 1.1)  # every pair's cosine is below that
+    _, metrics, _ = trial.run(config_of())
+    assert metrics[0]["opposed"] == [["r0", "r1"], ["r0", "r2"], ["r1", "r2"]]
+    _, metrics, _ = trial.run(config_of(balance={"guard": False}))
+    assert "opposed" not in metrics[0]
+
+
 def test_published_without_any_signal_only_feels_the_penalty(trial):
     spoilt = tuple(range(REWARDS))
     found, metrics, _ = trial.run(config_of(balance={"method": "published"}, diagnose_every=1), spoilt=spoilt)

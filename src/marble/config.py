@@ -211,6 +211,7 @@ class Balance(_Section):
         description="even: all images and timesteps alike (preset of all methods but marble); importance: more visits "
         "where the rewards' gradients are large",
     )
+    guard: bool = Field(True, description="marble: while rewards truly oppose each other, solve by upgrad")
     dropout: float = Field(0.5, gt=0, lt=1, description="reward-dropout: probability that a reward is left out")
     stages: list[Stage] = Field(
         [], description="sequential: which rewards are trained on one after another; each by itself, if not given"

@@ -305,6 +305,8 @@ class _Update:
             if self.due and balancer.missing.any():
                 out = balancer.missing.nonzero().flatten().tolist()
                 metrics["left_out"] = {self.names[k]: int(balancer.left_out[k]) for k in out}
+            if self.due and self.method.opposition is not None and (opposed := self.method.opposition.pairs()):
+                metrics["opposed"] = [[self.names[a], self.names[b]] for a, b in opposed]
         if self.method.controller is not None and balancer is not None:
             metrics["progress"] = self.method.controller.progress.tolist()
             metrics["priorities"] = balancer.priorities.tolist()

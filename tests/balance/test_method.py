@@ -5,6 +5,7 @@ import torch
 
 from marble import min_norm_weights, reference_gradients
 from marble.balance.method import Method
+from marble.balance.solvers import solve
 from marble.catalogue import FROM_GRADIENTS, METHODS
 from marble.gradients import gram_of
 from marble.rewards import RewardTable
@@ -351,3 +352,33 @@ def test_goes_on_from_its_state(table, settings, tmp_path):
             given.append(method.combined(signals_for(table)))
     for update in (3, 5, 7):
         assert torch.equal(given[update], given[update + 1])
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_while_rewards_oppose_each_other_none_is_starved(signals, guard):
+    # of the rows' Gram: three rewards' own parts, of which the first two nearly cancel, and a common part of no length
+    assert signals.signal.all()
+    gram = torch.diag(torch.tensor([4.0, 1.0, 9.0, 1e-12], dtype=torch.float64))
+    gram[0, 1] = gram[1, 0] = -0.98 * 2
+    method = Method(config(refresh=1, decay=0.0, guard=guard))
+    method.solve(gram, signals)
+    assert method.balancer.solution[2] < 0.02  # what min-norm leaves for the reward that nobody opposes
+    method.solve(gram, signals)
+    norms = gram.diagonal()[:3].sqrt()
+    expected = solve("upgrad" if guard else "min-norm", gram[:3, :3] / norms / norms[:, None], torch.ones(3))
+    torch.testing.assert_close(method.balancer.alpha, expected, atol=1e-6, rtol=0)
+    assert not guard or method.balancer.alpha[2] > 0.2
+
+
+def test_opposed_rewards_are_remembered_in_a_checkpoint_and_older_ones_know_of_none(signals):
+    gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1e-12], dtype=torch.float64))
+    gram[0, 1] = gram[1, 0] = -0.98
+    one, two, old = (Method(config(refresh=1)) for _ in range(3))
+    one.solve(gram, signals)
+    state = one.state_dict()
+    two.load_state_dict(state)
+    old.load_state_dict({key: value for key, value in state.items() if key != "opposition"})
+    for method in (one, two, old):
+        method.solve(gram, signals)
+    assert torch.equal(one.balancer.alpha, two.balancer.alpha)
+    assert not torch.equal(one.balancer.alpha, old.balancer.alpha)

@@ -11,6 +11,8 @@ touched once.
 | `uniform` | equal weights | only to learn the norms, if they are folded |
 | `published` | smoothed min-norm weights as they are | fresh weights on normalised gradients, rescaled |
 | all others | smoothed weights, norms folded, spread matched | the same, from the gradients just taken |
+
+`marble` takes UPGrad's weights instead of min-norm's while rewards truly oppose each other (`opposition.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from marble.balance.balancer import Balancer
 from marble.balance.controller import Controller
 from marble.balance.dual_cone import keep_floors
+from marble.balance.opposition import Opposition
 from marble.balance.signals import Signals, signals_of
 from marble.catalogue import FROM_GRADIENTS, SUMS
 from marble.config import Balance, Config, Stage
@@ -54,6 +57,7 @@ class Method:
         self.controller: Controller | None = None
         if name == "closed-loop":
             self.controller = Controller(self.count, rate=self.settings.rate, limit=self.settings.limit)
+        self.opposition = Opposition(self.count) if name == "marble" and self.settings.guard else None
         self.balancer: Balancer | None = None
         if name in FROM_GRADIENTS or name == "uniform":
             self.balancer = Balancer(
@@ -205,6 +209,9 @@ class Method:
         parts = self.parts()
         biased = products(parts, gram)
         estimate = self._across(gram) if self.halves else biased
+        if self.opposition is not None:
+            self.opposition.observe(biased[:-1, :-1], signals.signal)
+            self.balancer.solver = "upgrad" if self.opposition.pairs() else "min-norm"
         self.balancer.step(self._of_rewards(estimate), signals.signal, self._of_rewards(biased).diagonal())
         weights = self.balancer.coefficients
         clipped = signals.per_reward.clamp(-self.amax, self.amax)
@@ -260,6 +267,7 @@ class Method:
             "lift": self.lift,
             "balancer": None if self.balancer is None else self.balancer.state_dict(),
             "controller": None if self.controller is None else self.controller.state_dict(),
+            "opposition": None if self.opposition is None else self.opposition.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -268,6 +276,8 @@ class Method:
         for part in (self.balancer, self.controller):
             if part is not None:
                 part.load_state_dict(state["balancer" if part is self.balancer else "controller"])
+        if self.opposition is not None and state.get("opposition"):  # older checkpoints have none
+            self.opposition.load_state_dict(state["opposition"])
 
 
 def _stages(config: Config) -> list[tuple[int, Tensor]]:

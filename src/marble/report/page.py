@@ -149,9 +149,22 @@ def _balance(rows: list[dict[str, Any]], training: list[str], paint: dict[str, s
     if not with_alpha:
         return ""
     updates = [row["update"] for row in with_alpha]
-    note = "Weight of each reward's normalised gradient, smoothed; dotted, equal weights."
+    note = "Weight of each reward's normalised gradient, smoothed; dotted, equal weights." + _opposed(rows)
     alpha = np.array([row["alpha"] for row in with_alpha])
     return section("The balance", note, figures.weights(updates, alpha, training, paint))
+
+
+def _opposed(rows: list[dict[str, Any]]) -> str:
+    """Which rewards were found to oppose each other, and what the balance did about it."""
+    found = [row for row in rows if row.get("opposed")]
+    pairs = sorted({" and ".join(pair) for row in found for pair in row["opposed"]})
+    solves = sum(bool(row.get("refreshed")) for row in rows)
+    if not pairs:
+        return ""
+    return (
+        f" In {len(found)} of {solves} solves rewards truly opposed each other ({escape('; '.join(pairs))}): "
+        "there the weights are UPGrad's, which keep all rewards in, where min-norm would spend nearly all on those."
+    )
 
 
 def _conflict(rows: list[dict[str, Any]], training: list[str]) -> str:
