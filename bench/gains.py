@@ -3,7 +3,8 @@
     .venv/bin/python bench/gains.py runs/mini [--against marble] [--arms NAME …]
 
 Takes the folder of `marble compare` or its `comparison.json`, of which `bench/results` keeps those of the
-methods beside the main ones (docs/benchmarks.md). Gains are in standard deviations of the base model's scores; 95% intervals over seeds, in brackets.
+methods beside the main ones (docs/benchmarks.md). Gains are in standard deviations of the base model's
+scores; 95% intervals over seeds, in brackets.
 """
 
 from __future__ import annotations

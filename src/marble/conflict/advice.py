@@ -263,8 +263,9 @@ def _balance(fired: set[str], regime: Regime | None) -> tuple[Mapping[str, Any],
         return regime.suggested, f"in {like} {led}, seed by seed ({regime.seeds} seeds; {most})"
     if "conflict" in fired:
         return TURNED, (
-            "rewards truly conflict: min-norm weights (marble, before its guard acts) would go to the opposed ones, which cancel, and leave "
-            "the others next to nothing; upgrad turns each gradient until it opposes none, and keeps all of them in"
+            "rewards truly conflict: min-norm weights (marble, before its guard acts) would go to the opposed ones, "
+            "which cancel, and leave the others next to nothing; upgrad turns each gradient until it opposes none, "
+            "and keeps all of them in"
         )
     if fired & {"spreads", "specialist", "opposed"}:
         return MARBLE, (
